@@ -1,0 +1,169 @@
+"""iVPT: visual prompt tuning with cross-layer dynamic connection (CDC), dynamic aggregation (DA) and
+attentive reinforcement (AR). Zhou, Chen and Huang, "iVPT: Improving Task-relevant Information Sharing in
+Visual Prompt Tuning by Cross-layer Dynamic Connection".
+
+This file follows the paper's order and uses its symbols: first the equations, each a function from
+tensors to tensors, then the model that owns the parameters and calls them. The letters of the shapes are
+explained on top of vit.py. "Eq. 5" always means the paper's.
+"""
+
+import torch
+from torch import nn
+
+from vit import InputError, init_linear
+
+# ---- 3.3 Cross-layer dynamic connection -----------------------------------------------------------------
+
+
+def cdc(P):
+    """Eq. 4. P̂^0 = P^0 and P̂^l = P^l + P^{l-1}: prompts P [L, N, D] -> P̂ [L, N, D]."""
+    return torch.cat([P[:1], P[1:] + P[:-1]])
+
+
+def cdc_da(P, gamma):
+    """Eq. 5. P̂^0 = P^0 and P̂^l = P^l + ψ^{l-1}(P^{l-1}): P [L, N, D], gamma [L-1, N, N] -> P̂ [L, N, D]."""
+    return torch.cat([P[:1], P[1:] + psi(gamma, P[:-1])])
+
+
+def psi(gamma, P):
+    """Eq. 6. Prompt i becomes Σ_j γ_ij p_j: gamma [..., N, N], P [..., N, D] -> [..., N, D].
+
+    The paper writes ψ as "dynamic"; γ is learned and the same for every image."""
+    return gamma @ P
+
+
+# ---- 3.4 Understanding cross-layer dynamic connection ---------------------------------------------------
+#
+# For one layer, or several at once in front ("..."), and for one head or all: q [N_h, d] is the class
+# token's query and W_K [N_h, d, D] the key projection. LayerNorm is left out, as in the paper, and so is
+# the key's bias, which adds the same q·b to every key and cancels in the softmax.
+
+
+def attention_weight(q, W_K, p):
+    """Eq. 7. exp(qᵀ W_K p_i / sqrt(d)), d = D / N_h, the weight w_i before it is normalised.
+
+    q [..., N_h, d], W_K [..., N_h, d, D], prompts p [..., N, D] -> [..., N_h, N]."""
+    k = p.unsqueeze(-3) @ W_K.mT  # [..., N_h, N, d]
+    return torch.exp((k @ q.unsqueeze(-1)).squeeze(-1) / q.shape[-1] ** 0.5)
+
+
+def reweight_cdc(q, W_K, p, p_previous):
+    """Eq. 8-10. The two factors of CDC's w̃_i ∝ w_i · α̃_i, each [..., N_h, N].
+
+    w is VPT's weight of this layer's prompts p [..., N, D]. The re-weighting term α̃_i is what the
+    previous layer's prompt p_i^{l-1} in p_previous [..., N, D] would weigh here by itself."""
+    return attention_weight(q, W_K, p), attention_weight(q, W_K, p_previous)
+
+
+def reweight_cdc_da(q, W_K, p, p_previous, gamma):
+    """Eq. 11-13. The factors of w̃_i ∝ w_i · Π_j α̃_ij with DA: w [..., N_h, N], α̃ [..., N_h, N, N].
+
+    α̃_ij = exp(qᵀ W_K γ_ij p_j^{l-1} / sqrt(d)). Eq. 13 writes α̃_j, but through γ [..., N, N] the term
+    depends on i too. That is the freedom that DA adds to Eq. 10."""
+    gamma_p = gamma.unsqueeze(-1) * p_previous.unsqueeze(-3)  # [..., N, N, D], γ_ij p_j
+    alpha = attention_weight(q, W_K, gamma_p.flatten(-3, -2))  # [..., N_h, N N]
+    return attention_weight(q, W_K, p), alpha.unflatten(-1, gamma.shape[-2:])
+
+
+# ---- 3.5 Attentive reinforcement ------------------------------------------------------------------------
+
+
+def top_k(w, k):
+    """Eq. 14. Ω: the positions of the k largest weights of each image, largest first: [B, M] -> [B, k]."""
+    return w.topk(k, dim=1).indices
+
+
+def reinforce(Z, Omega, P_re):
+    """Eq. 15. Z̃[Ω] = Z[Ω] + P_re, row by row in Ω's order, and Z̃ = Z elsewhere.
+
+    Z [B, T, D], Omega [B, k] with no position twice, P_re [k, D] -> Z̃ [B, T, D]."""
+    B, k, D = *Omega.shape, Z.shape[-1]
+    return Z.scatter_add(1, Omega.unsqueeze(-1).expand(B, k, D), P_re.expand(B, k, D))
+
+
+# ---- The model ------------------------------------------------------------------------------------------
+
+STRUCTURES = ('vpt', 'cdc')  # (A) and (E) of Figure 3
+REINFORCEMENTS = ('topk', 'none')  # Table 4
+
+
+class IVPT(nn.Module):
+    """A frozen ViT that is tuned by prompts: images [B, 3, H, W] -> logits [B, C].
+
+    N: prompts a layer. k: image tokens that AR reinforces.
+    structure: 'vpt' (VPT-deep, Eq. 2) or 'cdc' (Eq. 3). aggregation: with DA (Eq. 5) or without (Eq. 4).
+    reinforcement: 'topk' (AR, Eq. 14 and 15) or 'none'.
+
+    All that is trained, and all that requires a gradient:
+
+        P      [L, N, D]      prompts P^l
+        gamma  [L-1, N, N]    γ^l, how layer l+1 mixes in P^l; only with aggregation
+        P_re   [L-1, k, D]    reinforcing prompts; only with reinforcement
+        head   D -> C         linear, with bias
+
+    Where the paper is silent, this is what was chosen:
+    - P starts uniform with bound sqrt(6 / (3 p² + D)), p the patch size, as in VPT's code.
+    - γ starts as the identity, so that iVPT starts as CDC: before Eq. 8 the paper says "(i.e. ψ is an
+      identity mapping)".
+    - P_re starts at 0: AR begins as a no-op and still receives a gradient.
+    - w̃ in Eq. 14 is one number an image token, attention has N_h heads: their mean. The softmax is the
+      layer's own, prompts included; leaving them out would not change the order.
+    - AR acts between layers, so L-1 times: "subsequently input into the next transformer layer", and only
+      so are Table 8's 0.18M for AR met (tests/test_4_accounting.py).
+
+    Raises ValueError if the numbers do not fit the ViT or each other.
+    """
+
+    def __init__(self, vit, num_classes, N=10, k=10, structure='cdc', aggregation=True,
+                 reinforcement='topk'):
+        super().__init__()
+        if N < 1 or num_classes < 1:
+            raise InputError(f'iVPT needs at least 1 prompt and 1 class, not N={N} and {num_classes} classes')
+        if structure not in STRUCTURES:
+            raise InputError(f'unknown structure {structure!r}: one of {", ".join(STRUCTURES)}')
+        if aggregation and structure != 'cdc':
+            raise InputError(f"aggregation is a part of structure 'cdc' and not of {structure!r}: turn it off")
+        if reinforcement not in REINFORCEMENTS:
+            raise InputError(f'unknown reinforcement {reinforcement!r}: one of {", ".join(REINFORCEMENTS)}')
+        if reinforcement == 'topk' and not 1 <= k <= vit.M:
+            raise InputError(f'AR can reinforce 1 to M={vit.M} of the image tokens, not k={k}')
+        self.vit = vit.requires_grad_(False)
+        self.M, self.k, self.structure = vit.M, k, structure
+        L, D = vit.L, vit.D
+
+        bound = (6 / (3 * vit.patch_size ** 2 + D)) ** 0.5
+        self.P = nn.Parameter(torch.empty(L, N, D).uniform_(-bound, bound))
+        self.gamma = nn.Parameter(torch.eye(N).repeat(L - 1, 1, 1)) if aggregation else None
+        self.P_re = nn.Parameter(torch.zeros(L - 1, k, D)) if reinforcement == 'topk' else None
+        self.head = nn.Linear(D, num_classes)
+        init_linear(self.head)
+        self.train()
+
+    def train(self, mode=True):
+        """As in torch, but the backbone stays in eval mode: it is not being trained."""
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    def prompts(self):
+        """P̂ [L, N, D], the prompts that enter the layers. No image has a part in them."""
+        if self.structure == 'vpt':
+            return self.P
+        return cdc(self.P) if self.gamma is None else cdc_da(self.P, self.gamma)
+
+    def forward(self, images):
+        """Logits [B, C] of images [B, 3, H, W].
+
+        Prompts act through keys and values alone, since Eq. 3 throws away what a layer puts out at their
+        places. Nobody reads the image tokens that the last layer puts out either: there the class token
+        asks, and all others are context. The tests hold both against the literal concatenation.
+        """
+        P_hat = self.prompts()  # [L, N, D]
+        tokens = self.vit.embed(images)  # [z_cls, Z], [B, 1 + M, D]
+        for l, layer in enumerate(self.vit.blocks[:-1]):
+            tokens, w = layer(tokens, P_hat[l])  # Eq. 3, w [B, 1 + M + N]
+            if self.P_re is not None:
+                Omega = top_k(w[:, 1:1 + self.M], self.k)  # Eq. 14, among the image tokens
+                tokens = reinforce(tokens, 1 + Omega, self.P_re[l])  # Eq. 15, z_cls stands at 0
+        z_cls, _ = self.vit.blocks[-1](tokens[:, :1], tokens[:, 1:], P_hat[-1])  # Eq. 3
+        return self.head(self.vit.norm(z_cls[:, 0]))

@@ -1,0 +1,19 @@
+"""Settings of the test suite: where the modules are, and how many cases Hypothesis draws."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# The same cases at every run, so that a red run is red again. A failure prints @reproduce_failure, the way
+# to replay it. `HYPOTHESIS_PROFILE=thorough pytest` draws 20 times more, and new ones each time.
+common = dict(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile('default', max_examples=50, derandomize=True, **common)
+settings.register_profile('thorough', max_examples=1000, **common)
+settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'default'))
+
+torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
