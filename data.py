@@ -157,44 +157,46 @@ def read_list(path, classes):
 
 # ---- Pictures of shapes: a world that needs no download -------------------------------------------------
 #
-# Seven shapes, one of each colour, lie in seven of the nine cells of a 3 x 3 grid. The question is always
-# where one colour is. For pre-training the picture itself asks, by a frame in the colour that is meant;
-# the downstream pictures have no frame, and the question has to be learned.
+# Shapes of different colours lie in different cells of a 3 x 3 grid. The question is always where one
+# colour is. For pre-training the picture itself asks, by a frame in the colour that is meant; the
+# downstream pictures have no frame, and the question has to be learned.
 
 COLOURS = {'red': (220, 50, 50), 'green': (50, 180, 70), 'blue': (60, 90, 230), 'yellow': (230, 200, 50),
-           'cyan': (60, 200, 210), 'white': (245, 245, 245), 'purple': (160, 70, 200)}
-ASKED = 6  # a frame has one of the first six colours: pre-training never asks for purple
+           'purple': (160, 70, 200), 'cyan': (60, 200, 210)}  # pre-training knows the first four
 CELLS = [f'{row} {column}' for row in ('top', 'middle', 'bottom') for column in ('left', 'centre', 'right')]
 
 
 def shapes(config):
     """Where is the shape of the colour `ask`, or of the frame's colour? Nine classes, the cells."""
-    if config.ask not in ('frame', *COLOURS):
-        raise InputError(f'ask={config.ask}: one of frame, {", ".join(COLOURS)}')
+    known = ['frame', *COLOURS][:1 + config.n_shapes]
+    if config.ask not in known:
+        raise InputError(f'ask={config.ask}: with n_shapes={config.n_shapes} one of {", ".join(known)}')
     sets = []
     for seed, n in enumerate((config.n_train, config.n_val, config.n_test)):
-        images, labels = draw_shapes(n, config.ask, config.noise, config.img_size, (seed, config.ask == 'frame'))
+        images, labels = draw_shapes(n, config.ask, config.n_shapes, config.noise, config.img_size,
+                                     (seed, config.ask == 'frame'))
         sets.append(list(zip(torch.from_numpy(images), labels.tolist())))
     return Task(*sets, CELLS, [f'pictures of shapes, generated; the question: where is {config.ask}?'])
 
 
-def draw_shapes(n, ask, noise=8, size=48, seed=0):
+def draw_shapes(n, ask, n_shapes=4, noise=8, size=48, seed=0):
     """n pictures, uint8 [n, 3, size, size], and the cell of the shape that is asked for, int [n].
 
+    Each picture has n_shapes shapes, in the first n_shapes colours.
     noise: standard deviation, in grey levels of 256."""
     rng = np.random.default_rng(seed)
-    cell = rng.permuted(np.tile(np.arange(9), (n, 1)), axis=1)[:, :len(COLOURS)]  # [n, 7], all different
+    cell = rng.permuted(np.tile(np.arange(9), (n, 1)), axis=1)[:, :n_shapes]  # [n, n_shapes], all different
     kind = rng.integers(3, size=cell.shape)  # disc, square or diamond
     radius = rng.uniform(4, 6.5, cell.shape) * size / 48
     inner, border = size * 14 / 48, size * 3 // 48  # side of a cell, width of the frame
     centre = border + inner * (np.stack([cell // 3, cell % 3]) + 0.5 + rng.uniform(-0.07, 0.07, (2, *cell.shape)))
     background = rng.uniform(60, 200, n)
-    asked = rng.integers(ASKED, size=n) if ask == 'frame' else np.full(n, list(COLOURS).index(ask))
+    asked = rng.integers(n_shapes, size=n) if ask == 'frame' else np.full(n, list(COLOURS).index(ask))
 
     images = np.empty((n, 3, size, size), dtype=np.uint8)
     frame = np.ones((size, size), dtype=bool)
     frame[border:-border, border:-border] = False
-    rgb = np.array(list(COLOURS.values()), dtype=np.float32)
+    rgb = np.array(list(COLOURS.values())[:n_shapes], dtype=np.float32)
     for part in np.array_split(np.arange(n), max(1, n * size ** 2 // 2 ** 20)):
         canvas = np.broadcast_to(background[part, None, None, None], (len(part), 3, size, size)).astype(np.float32)
         for i, colour in enumerate(rgb):
