@@ -5,6 +5,7 @@ an index: a list where they are in memory, `Files` where they are decoded when a
 VTAB-1k's (Zhai et al., 2019): 1,000 training pictures, of which 200 serve for validation, all test ones.
 """
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +14,12 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import pil_to_tensor, resize
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from vit import InputError
+
+# torch's advice to use fewer workers on a small machine: how many is a setting, and the advice costs 6 lines
+warnings.filterwarnings('ignore', message='This DataLoader will create')
 
 
 @dataclass
@@ -92,22 +96,32 @@ def pets(config):
     root = Path(config.data) / 'vtab-1k' / 'oxford_iiit_pet'
     if root.is_dir():
         return vtab_lists(root, config)
-    trainval, test = (oxford_pets(config, split) for split in ('trainval', 'test'))
-    train, val, note = draw(list(zip(trainval._images, trainval._labels)), config)
-    samples = train, val, list(zip(test._images, test._labels))
-    return Task(*(Files(s, resized(config)) for s in samples), trainval.classes, [note])
+    splits = [oxford_pets(config, name) for name in ('trainval', 'test')]
+    trainval, test = (list(zip(split._images, split._labels)) for split in splits)
+    classes = [str(label) for label in range(config.classes)]
+    for split in splits:
+        for label, name in zip(sorted(set(split._labels)), split.classes):
+            if not 0 <= label < config.classes:
+                raise InputError(f'{split._anns_folder}: breed {label + 1} of {config.classes}; unpack the '
+                                 'annotations again')
+            classes[label] = name
+    train, val, note = draw(trainval, config)
+    return Task(*(Files(samples, resized(config)) for samples in (train, val, test)), classes, [note])
 
 
 def oxford_pets(config, split):
     """One split of torchvision's OxfordIIITPet."""
     try:
-        return torchvision.datasets.OxfordIIITPet(config.data, split, download=True)
+        pictures = torchvision.datasets.OxfordIIITPet(config.data, split, download=True)
     except Exception as error:  # no network, a moved file, a full disk, a cut annotation file
         urls = ' and '.join(url for url, _ in torchvision.datasets.OxfordIIITPet._RESOURCES)
         raise InputError(
             f'Oxford-IIIT Pet is not in {Path(config.data) / "oxford-iiit-pet"} (images/ and annotations/), '
             f'and the download failed ({error}). Unpack {urls} there, or name their folder with --data; '
             'python train.py alone needs no download') from None
+    if not len(pictures):
+        raise InputError(f'{pictures._anns_folder / split}.txt names no image; unpack the annotations again')
+    return pictures
 
 
 def draw(samples, config):
@@ -234,19 +248,20 @@ def batches(pictures, config, device, epoch=None):
                         num_workers=0 if isinstance(pictures, list) else config.workers)
     mean, std = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (config.mean, config.std))
     for items in loader:
-        window = torch.full((len(items), 3), 0.5)  # top, left: where the crop lies; flip: if below 0.5
-        if epoch is not None and config.augment != 'none':
-            window = torch.rand(window.shape, generator=generator)
-        images = torch.stack([crop(image, config.img_size, *at) for (image, _), at in zip(items, window[:, :2].tolist())])
-        images = images.to(device)
-        if config.augment == 'crop_flip':
-            flip = window[:, 2].lt(0.5).to(device)
-            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        if epoch is None or config.augment == 'none':
+            images = torch.stack([center_crop(image, config.img_size) for image, _ in items]).to(device)
+        else:
+            images = augment([image for image, _ in items], config, generator).to(device)
         yield (images - mean) / std, torch.tensor([label for _, label in items], device=device)
 
 
-def crop(image, size, top, left):
-    """A square window of an image [3, H, W]; top and left from 0 to 1, 0.5 is the middle."""
-    H, W = image.shape[1:]
-    i, j = int(top * (H - size + 1)), int(left * (W - size + 1))
-    return image[:, i:i + size, j:j + size]
+def augment(images, config, generator):
+    """A random window of each image, half of them flipped: [3, H, W] each -> uint8 [B, 3, size, size]."""
+    size, windows = config.img_size, []
+    draws = torch.rand(len(images), 3, generator=generator)
+    for image, (top, left, _) in zip(images, draws.tolist()):
+        i, j = int(top * (image.shape[1] - size + 1)), int(left * (image.shape[2] - size + 1))
+        windows.append(image[:, i:i + size, j:j + size])
+    windows = torch.stack(windows)
+    flipped = draws[:, 2].lt(0.5).to(windows.device)
+    return torch.where(flipped[:, None, None, None], windows.flip(-1), windows)

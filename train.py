@@ -36,7 +36,8 @@ HERE = Path(__file__).resolve().parent
 def train(model, pictures, config, device):
     """Train what requires a gradient; after each epoch yield its loss, learning rate and images/s.
 
-    Raises FloatingPointError at the first step whose loss is not finite, before it changes anything."""
+    Raises FloatingPointError at the first step whose loss is not finite, before it changes anything, and
+    after an epoch whose last step made a parameter so."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, config)
     steps = math.ceil(len(pictures) / config.batch)  # of an epoch
@@ -56,6 +57,8 @@ def train(model, pictures, config, device):
             optimizer.step()
             total += loss.item() * len(labels)
             live(f'epoch {epoch + 1}, step {step + 1}/{steps}, loss {loss.item():.4f}')
+        if not all(p.isfinite().all() for p in parameters):
+            raise FloatingPointError(f'a parameter is not finite after epoch {epoch + 1}')
         seconds = time.perf_counter() - start
         yield {'epoch': epoch + 1, 'loss': total / len(pictures), 'lr': lr, 'seconds': seconds,
                'images_per_second': len(pictures) / seconds}
@@ -120,32 +123,42 @@ def run(config):
     task = data.load(config)
     model = make_model(config, len(task.classes)).to(device)
     learn, score = (task.train + task.val, task.test) if config.score_on == 'test' else (task.train, task.val)
+    if not len(learn) or not len(score):
+        raise InputError(f'{len(learn)} images to train on and {len(score)} of {config.score_on} to score: look at '
+                         'n_train and n_val, and at the lists of the data set')
     header(config, task, model, device)
-    learn = data.in_memory(learn, config)
-
     folder = Path(config.runs) / config.task / config.method / f'seed{config.seed}'
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ('params.pth', 'result.json'):  # of an earlier run
+        (folder / name).unlink(missing_ok=True)
     (folder / 'config.yaml').write_text(yaml.safe_dump(vars(config), sort_keys=False))
+    learn = data.in_memory(learn, config)
     start, done = time.perf_counter(), 0
     try:
         with open(folder / 'log.jsonl', 'w') as log:
             for record in train(model, learn, config, device):
-                done = record['epoch']
                 log.write(json.dumps(record) + '\n')
                 log.flush()
                 save_trained(model, folder / 'params.pth', config)
+                done = record['epoch']
                 left = (time.perf_counter() - start) / done * (config.epochs - done)
                 say('epoch {epoch:3d}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  {images_per_second:.0f} images/s  '
                     '{left} left'.format(**record, epochs=config.epochs, left=clock(left)))
+        return finish(model, score, config, device, folder, record['loss'], time.perf_counter() - start)
     except FloatingPointError as error:
         raise InputError(f'{error}. {kept(folder, done)}. Lower the learning rate: --set lr={config.lr / 4:g}') from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f'stopped in epoch {done + 1} of {config.epochs}. {kept(folder, done)}') from None
+        where = f'in epoch {done + 1} of {config.epochs}' if done < config.epochs else 'while testing'
+        raise KeyboardInterrupt(f'stopped {where}. {kept(folder, done)}') from None
+
+
+def finish(model, score, config, device, folder, loss, seconds):
+    """Score the model as the last epoch left it; print, write and return the result."""
     result = {'task': config.task, 'method': config.method, 'seed': config.seed, 'score_on': config.score_on,
               'accuracy': accuracy(model, score, config, device), 'images': len(score),
-              'trained_parameters': sum(p.numel() for p in trained(model).values()),
-              'final_loss': record['loss'], 'seconds': time.perf_counter() - start, 'device': str(device),
-              'torch': torch.__version__, 'torchvision': torchvision.__version__}
+              'trained_parameters': sum(p.numel() for p in trained(model).values()), 'final_loss': loss,
+              'seconds': seconds, 'device': str(device), 'torch': torch.__version__,
+              'torchvision': torchvision.__version__}
     (folder / 'result.json').write_text(json.dumps(result, indent=1) + '\n')
     paper = config.paper_accuracy.get(config.method)
     say(f'{config.score_on} accuracy after the last epoch: {100 * result["accuracy"]:.2f}% of {len(score)} images'
@@ -251,6 +264,8 @@ def checked(key, value, defaults, where):
     if key not in defaults:
         raise InputError(f'{where}: unknown setting {key!r}{nearest(key, defaults)}')
     kind = type(defaults[key])
+    if kind is str and value is None:  # --set weights=
+        value = ''
     if kind is float and type(value) in (int, str):  # YAML takes 1e-3 for a word
         try:
             value = float(value)
@@ -265,6 +280,8 @@ def checked(key, value, defaults, where):
         raise InputError(f'{where}: {key} is one of {", ".join(CHOICES[key])}, not {value!r}')
     if kind is list and not (len(value) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in value)):
         raise InputError(f'{where}: {key} is three numbers, one a colour, not {value!r}')
+    if key == 'std' and min(value) <= 0:
+        raise InputError(f'{where}: std has to be positive, not {value!r}')
     return value
 
 
@@ -273,7 +290,7 @@ def read_yaml(text, where):
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f'{where}: not YAML: {" ".join(str(error).split())}') from None
+        raise InputError(f'{where}: not YAML: {error}') from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -300,6 +317,8 @@ def arguments(argv):
         name, equals, value = change.partition('=')
         if not equals:
             raise InputError(f'--set takes NAME=VALUE, not {change!r}')
+        if name in ('task', 'method', 'model'):
+            raise InputError(f'--set {change}: write --{name} {value}')
         changes[name] = read_yaml(value, f'--set {name}')
     return args, changes | {name: value for name in ('weights', 'data') if (value := getattr(args, name)) is not None}
 
@@ -309,17 +328,16 @@ def main(argv=None):
     try:
         args, changes = arguments(argv)
         configs = read_yaml((HERE / 'configs.yaml').read_text(), 'configs.yaml')
-        tasks = (args.task or configs['defaults']['task']).split(',')
-        seeds = [read_yaml(s, '--seed') for s in args.seed.split(',')] if args.seed else [None]
+        tasks = (configs['defaults']['task'] if args.task is None else args.task).split(',')
+        seeds = [{}] if args.seed is None else [{'seed': read_yaml(s, '--seed')} for s in args.seed.split(',')]
         runs = [config for task, seed in product(tasks, seeds)
-                for config in settings(configs, task, args.method, args.model,
-                                       changes if seed is None else changes | {'seed': seed})]
+                for config in settings(configs, task, args.method, args.model, changes | seed)]
         results = [run(config) for config in runs]
         for result in results if len(results) > 1 else []:
             say(f'{result["task"]:16} {result["method"]:12} seed {result["seed"]}  {100 * result["accuracy"]:6.2f}%  '
                 f'{result["trained_parameters"] / 1e6:.3f}M trained  {clock(result["seconds"])}')
-    except InputError as error:
-        print(f'train.py: {" ".join(str(error).split())}', file=sys.stderr)
+    except (InputError, OSError) as error:  # an OSError names its file
+        print(f'train.py: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f'train.py: {stop or "stopped"}', file=sys.stderr)

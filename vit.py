@@ -37,6 +37,10 @@ log = logging.getLogger('ivpt')
 class InputError(ValueError):
     """Something that the user gave is wrong. The message is one line: what, where, and what to do."""
 
+    def __init__(self, message):
+        # a worker process wraps what it raises in its traceback: the message proper is the last part
+        super().__init__(' '.join(message.split()).rpartition('InputError: ')[2])
+
 
 class Attention(nn.Module):
     """Multi-head self-attention of D-wide tokens with N_h heads.
@@ -209,7 +213,7 @@ def load_weights(model, weights):
         state['pos_embed'] = resample_pos_embed(state['pos_embed'], model.M)
     head = {name for name in ('head.weight', 'head.bias') if name in state}
     if any(name not in own or own[name].shape != state[name].shape for name in head):
-        log.warning(f'{weights}: its head for {len(state[min(head)])} classes is left out')
+        log.warning(f'{weights}: its head for {(*state[min(head)].shape, 1)[0]} classes is left out')
         for name in head:
             del state[name]
     state |= {name: own[name] for name in ('head.weight', 'head.bias') if name in own and name not in state}
@@ -236,7 +240,7 @@ def resample_pos_embed(pos_embed, M):
     """Position embeddings [1, 1 + M', D] on a square grid -> [1, 1 + M, D], as timm resamples them."""
     z_cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
     old, new = round(grid.shape[1] ** 0.5), round(M ** 0.5)
-    if old == new or old ** 2 != grid.shape[1]:  # not a square: its shape is refused by name later
+    if old in (0, new) or old ** 2 != grid.shape[1]:  # not a square: its shape is refused by name later
         return pos_embed
     grid = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)  # [1, D, old, old]
     grid = F.interpolate(grid, size=(new, new), mode='bicubic', antialias=True)

@@ -1,0 +1,206 @@
+"""What prompts cost, as ratios to the plain frozen ViT. A command, not a test:
+
+    python tests/bench.py                          ViT-B/16 at 224 pixels, batch 8, float32, on the CPU
+    python tests/bench.py --device cuda --dtype bfloat16 --batch 64 --prompts 10,50,200 --json FILE
+
+All variants run in one process, in turn, round after round; the ratio to the plain ViT is taken within each
+round, and the median over rounds is printed. The plain ViT is run as timm runs it, every token through every
+layer, the last one included; its head and position embedding are trained, so that a gradient flows through
+every layer. "Concatenated" is Eq. 3 taken literally, as the public code of the field does it: prompts are
+tokens of the sequence, with queries and an MLP of their own, and their outputs are dropped.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import vit
+from ivpt import IVPT, reinforce, top_k
+
+METHODS = {
+    'VPT': dict(structure='vpt', aggregation=False, reinforcement='none'),
+    'CDC': dict(structure='cdc', aggregation=False, reinforcement='none'),
+    'iVPT': dict(structure='cdc', aggregation=True, reinforcement='topk'),
+}
+TABLE_8 = {'VPT': 17.732, 'iVPT': 17.733}  # GFLOPs (linear maps alone, multiply-adds), mean over VTAB-1k
+
+
+class Concatenated(torch.nn.Module):
+    """Eq. 3 with the prompts in the sequence: [z_cls, P̂, Z] through every layer, P̂'s outputs dropped."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        model, vit = self.model, self.model.vit
+        P_hat, tokens = model.prompts(), vit.embed(images)
+        N, last = P_hat.shape[1], len(vit.blocks) - 1
+        for l, layer in enumerate(vit.blocks):
+            prompts = P_hat[l].expand(len(tokens), -1, -1)
+            x, w = layer(torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1))
+            tokens = torch.cat([x[:, :1], x[:, 1 + N:]], dim=1)
+            if model.P_re is not None and l < last:
+                tokens = reinforce(tokens, 1 + top_k(w[:, 1 + N:], model.k), model.P_re[l])
+        return model.head(vit.norm(tokens[:, 0]))
+
+
+def build(variant, args):
+    """A variant by its name: 'plain', or 'METHOD N' with or without ' concatenated'."""
+    torch.manual_seed(0)
+    backbone = vit.build(args.model, num_classes=args.classes if variant == 'plain' else 0)
+    if variant == 'plain':
+        backbone.requires_grad_(False)
+        backbone.head.requires_grad_(True)
+        backbone.pos_embed.requires_grad_(True)
+        return backbone.to(args.device)
+    method, N, *concatenated = variant.split()
+    model = IVPT(backbone, args.classes, int(N), args.k, **METHODS[method])
+    return (Concatenated(model) if concatenated else model).to(args.device)
+
+
+def step(model, images, labels, args):
+    """One training step: forward, backward, SGD."""
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == 'bfloat16'):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.sub_(p.grad, alpha=1e-6)
+                p.grad = None
+
+
+@torch.inference_mode()
+def infer(model, images, labels, args):
+    """One forward pass."""
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == 'bfloat16'):
+        model.eval()(images)
+
+
+def seconds(function, *arguments, device):
+    """How long one call takes, the device's work included."""
+    start = time.perf_counter()
+    function(*arguments)
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def batch(args):
+    generator = torch.Generator().manual_seed(0)
+    size = vit.parse_name(args.model)[2]
+    images = torch.randn(args.batch, 3, size, size, generator=generator)
+    return images.to(args.device), torch.randint(args.classes, (args.batch,), generator=generator).to(args.device)
+
+
+def timings(variants, args):
+    """Medians of seconds and of the ratio to the plain ViT, for training and inference, by variant."""
+    models, (images, labels) = {name: build(name, args) for name in variants}, batch(args)
+    agree(models, images[:2])
+    taken = {(name, kind): [] for name in models for kind in (step, infer)}
+    for round_ in range(args.rounds + 1):
+        for (name, kind), times in taken.items():
+            t = seconds(kind, models[name], images, labels, args, device=args.device)
+            if round_:  # the first is a warm-up
+                times.append(t)
+    rows = {}
+    for name in models:
+        for kind in (step, infer):
+            ratios = [a / b for a, b in zip(taken[name, kind], taken['plain', kind])]
+            rows.setdefault(name, {})[kind.__name__] = {'seconds': statistics.median(taken[name, kind]),
+                                                        'ratio': statistics.median(ratios)}
+    return rows
+
+
+@torch.no_grad()
+def agree(models, images):
+    """What is compared computes the same: ours and the concatenation, from the same seed."""
+    for name in models:
+        if name.endswith(' concatenated'):
+            ours = models.get(name.removesuffix(' concatenated'))
+            if ours is not None:
+                torch.testing.assert_close(ours(images), models[name](images), rtol=1e-3, atol=1e-3)
+
+
+def peak_memory(variant, args):
+    """Peak memory of three training steps in bytes: CUDA's own counter, or a fresh process's on the CPU."""
+    if args.device == 'cuda':
+        model, data = build(variant, args), batch(args)
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            step(model, *data, args)
+        return torch.cuda.max_memory_allocated()
+    command = [sys.executable, __file__, '--only', variant, '--model', args.model, '--batch', str(args.batch),
+               '--k', str(args.k), '--dtype', args.dtype]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def multiply_adds(variant, args):
+    """Multiply-adds of one image's forward pass, by torch's counter: in all, and in linear maps alone."""
+    with torch.device('meta'):
+        model = build(variant, argparse.Namespace(**vars(args) | {'device': 'meta'})).requires_grad_(False)
+        size = vit.parse_name(args.model)[2]
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(1, 3, size, size))
+    counts = counter.get_flop_counts()['Global']
+    linear = sum(n for op, n in counts.items() if any(word in str(op) for word in ('addmm', 'convolution', '.mm')))
+    return counter.get_total_flops() / 2, linear / 2
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='vit_base_patch16_224')
+    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
+    parser.add_argument('--prompts', default='10', help='N, or several: 10,50,200')
+    parser.add_argument('--k', type=int, default=10)
+    parser.add_argument('--classes', type=int, default=100)
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--json', type=Path)
+    parser.add_argument('--only', help=argparse.SUPPRESS)  # a fresh process that measures its own memory
+    args = parser.parse_args()
+    if args.only:
+        model, data = build(args.only, args), batch(args)
+        for _ in range(3):
+            step(model, *data, args)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+
+    Ns = args.prompts.split(',')
+    variants = ['plain'] + [f'{method} {N}{how}' for N in Ns for method, how in (
+        ('VPT', ' concatenated'), ('iVPT', ' concatenated'), ('VPT', ''), ('CDC', ''), ('iVPT', ''))]
+    rows = timings(variants, args)
+    device = torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    print(f'{args.model}, batch {args.batch}, {args.dtype}, {device}, torch {torch.__version__}, k={args.k}, '
+          f'medians over {args.rounds} rounds; ratios to the plain frozen ViT')
+    print('| variant, N | training step | ratio | inference | ratio | peak memory | ratio | trained | G multiply-adds'
+          ' | linear alone | Table 8 |\n' + '| --- ' * 11 + '|')
+    for name, row in rows.items():
+        row['memory'] = peak_memory(name, args)
+        row['trained'] = sum(p.numel() for p in build(name, args).parameters() if p.requires_grad)
+        row['multiply_adds'], row['linear_multiply_adds'] = multiply_adds(name, args)
+        print(f'| {name} | {row["step"]["seconds"]:.3f} s | {row["step"]["ratio"]:.3f} '
+              f'| {row["infer"]["seconds"]:.3f} s | {row["infer"]["ratio"]:.3f} '
+              f'| {row["memory"] / 2 ** 20:.0f} MiB | {row["memory"] / rows["plain"]["memory"]:.3f} '
+              f'| {row["trained"] / 1e6:.2f}M | {row["multiply_adds"] / 1e9:.2f} '
+              f'| {row["linear_multiply_adds"] / 1e9:.2f} | {TABLE_8.get(name.split()[0], "")} |', flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({'settings': vars(args) | {'json': str(args.json), 'device_name': device},
+                                         'variants': rows}, indent=1))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,66 @@
+"""What the tests of section 4 share: small settings, and fake data sets in the real layouts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+import yaml
+from PIL import Image
+
+import train
+
+CONFIGS = yaml.safe_load((Path(train.__file__).parent / 'configs.yaml').read_text())
+TINY = dict(weights='', n_train=40, n_val=10, n_test=20, epochs=2, batch=16, workers=0)  # a run of a second
+
+
+def tiny(task='where_blue', method='ivpt', **changes):
+    """The settings of a tiny run with a random nano ViT, as train.py puts them together."""
+    return train.settings(CONFIGS, task, method, 'vit_nano_patch8_48', TINY | changes)[0]
+
+
+def run(folder, *argv, **changes):
+    """`python train.py ARGV`, tiny, with its results in a folder. Returns the exit status."""
+    changes = TINY | {'runs': folder} | changes
+    return train.main([*argv, '--set', *(f'{name}={value!r}' if value == '' else f'{name}={value}'
+                                         for name, value in changes.items())])
+
+
+def save_picture(path, seed, width=64, height=56):
+    """A coloured noise picture that no other seed gives; coarse, so that JPEG keeps it."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(coarse).resize((width, height)).save(path)
+
+
+def oxford(data, trainval=30, test=12, labels=(1, 2, 3)):
+    """A small Oxford-IIIT Pet in the layout that torchvision reads, labels from 1. Returns its folder."""
+    folder = data / 'oxford-iiit-pet'
+    for part, (split, n) in enumerate([('trainval', trainval), ('test', test)]):
+        given = [labels[i % len(labels)] for i in range(n)]
+        names = [(f'breed_{c}_{1000 * part + i}', c) for i, c in enumerate(given)]
+        for i, (name, _) in enumerate(names):
+            save_picture(folder / 'images' / f'{name}.jpg', 1000 * part + i)
+        (folder / 'annotations').mkdir(exist_ok=True)
+        lines = ''.join(f'{name} {c} 1 1\n' for name, c in names)
+        (folder / 'annotations' / f'{split}.txt').write_text(lines)
+    return folder
+
+
+def vtab(data, train800=8, val200=3, test=5, classes=37):
+    """A small Pets in the layout of VTAB-1k's lists, labels from 0. Returns its folder."""
+    folder = data / 'vtab-1k' / 'oxford_iiit_pet'
+    for part, (split, n) in enumerate([('train800', train800), ('val200', val200), ('test', test)]):
+        names = [(f'images/{split}/{i:06d}.jpg', (part + i) % classes) for i in range(n)]
+        for i, (name, _) in enumerate(names):
+            save_picture(folder / name, 10_000 + 1000 * part + i)
+        (folder / f'{split}.txt').write_text(''.join(f'{name} {c}\n' for name, c in names))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Downloads fail at once. A test module imports this by name."""
+    def fail(url, *args, **kwargs):
+        raise OSError('no network in tests')
+    monkeypatch.setattr(torchvision.datasets.oxford_iiit_pet, 'download_and_extract_archive', fail)

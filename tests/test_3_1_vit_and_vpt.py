@@ -1,0 +1,280 @@
+"""3.1 Preliminary: the vision transformer (Eq. 1), VPT (Eq. 2), and what is trained.
+
+The model never puts prompts into the sequence. It lets tokens attend to them, because Eq. 2 throws away what
+comes out at their places. That this is the same is the subject here; the literal form is in oracle.py.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+
+import oracle
+import vit
+from ivpt import IVPT
+from oracle import close, gradients
+from strategies import METHODS, Case, cases, plain_vit, random_layer, random_model, random_vit
+
+SMALL = Case(B=2, L=3, N=2, M=4, N_h=2, d=3, k=2, C=3, seed=0)
+every_method = pytest.mark.parametrize('method', METHODS)
+
+
+def tokens_and_prompts(case):
+    """Tokens [B, 1 + M, D] and prompts [N, D] that ask for a gradient."""
+    return (case.normal('tokens', case.B, 1 + case.M, case.D).requires_grad_(),
+            case.normal('prompts', case.N, case.D).requires_grad_())
+
+
+# ---- Vision transformer, Eq. 1 --------------------------------------------------------------------------
+
+
+@given(cases())
+def test_an_image_is_M_patches_each_projected_by_itself_behind_the_class_token(case):
+    """[z_cls^0, Z^0] in R^{(1+M) x D}, positions added."""
+    model = random_vit(case)
+    tokens = model.embed(case.images())
+    assert tokens.shape == (case.B, 1 + case.M, case.D)
+    close(tokens, oracle.embed(model, case.images()))
+
+
+@given(cases())
+def test_a_layer_without_context_is_the_vits_own_layer(case):
+    """Eq. 1. [z_cls^{l+1}, Z^{l+1}] = 𝒯^l([z_cls^l, Z^l])."""
+    layer, (tokens, _) = random_layer(case), tokens_and_prompts(case)
+    out, A = oracle.layer(layer, tokens)
+    close(layer(tokens)[0], out)
+    close(layer(tokens)[1], A[:, :, 0].mean(dim=1).detach())
+
+
+@given(cases())
+def test_a_vit_is_its_layers_one_after_the_other(case):
+    """Eq. 1, l = 0, ..., L-1; the class token is what is classified."""
+    model = random_vit(case, num_classes=case.C)
+    close(model(case.images()), oracle.vit(model, case.images()))
+
+
+@given(cases())
+def test_a_layer_does_not_know_positions(case):
+    """𝒯([z_cls, Z]) with Z in another order is the same z_cls, and the new Z in that order."""
+    layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
+    order = torch.cat([torch.tensor([0]), 1 + case.order('order', case.M)])
+    close(layer(tokens[:, order], P)[0], layer(tokens, P)[0][:, order])
+
+
+@given(cases())
+def test_an_image_does_not_see_the_other_images_of_its_batch(case):
+    """𝒯 acts on each sequence by itself."""
+    layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
+    alone = [layer(tokens[b:b + 1], P) for b in range(case.B)]
+    close(layer(tokens, P)[0], torch.cat([out for out, _ in alone]))
+    close(layer(tokens, P)[1], torch.cat([w for _, w in alone]))
+
+
+# ---- Prompts are context, Eq. 2 -------------------------------------------------------------------------
+
+
+@given(cases())
+def test_prompts_as_context_are_prompts_in_the_sequence_with_their_outputs_dropped(case):
+    """Eq. 2. [z_cls^{l+1}, ..., Z^{l+1}] = 𝒯^l([z_cls^l, P^l, Z^l])."""
+    layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
+    z_cls, Z, _ = oracle.eq_3(layer, tokens[:, :1], P, tokens[:, 1:])
+    close(layer(tokens, P)[0], torch.cat([z_cls, Z], dim=1))
+
+
+@given(cases())
+def test_prompts_as_context_have_the_gradients_of_prompts_in_the_sequence(case):
+    """Eq. 2, backwards: for the tokens, the prompts and every parameter of the layer."""
+    layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
+    literal = torch.cat(oracle.eq_3(layer, tokens[:, :1], P, tokens[:, 1:])[:2], dim=1)
+    inputs, cotangent = [tokens, P, *layer.parameters()], case.normal('cotangent', *tokens.shape)
+    for ours, theirs in zip(gradients(layer(tokens, P)[0], inputs, cotangent),
+                            gradients(literal, inputs, cotangent)):
+        close(ours, theirs)
+
+
+@given(cases())
+def test_the_order_of_prompts_does_not_matter(case):
+    """𝒯([z_cls, P, Z]) for P in any order: same tokens, and the weights follow the prompts."""
+    layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
+    order, T = case.order('order', case.N), 1 + case.M
+    (out, w), (out_, w_) = layer(tokens, P), layer(tokens, P[order])
+    close(out_, out)
+    close(w_, torch.cat([w[:, :T], w[:, T:][:, order]], dim=1))
+
+
+@given(cases())
+def test_where_prompts_stand_in_the_sequence_does_not_matter(case):
+    """𝒯([z_cls, P, Z]) = 𝒯([z_cls, Z, P]): several contexts are one, in any order."""
+    layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
+    more = case.normal('more', 2, case.D)
+    one = layer(tokens, torch.cat([P, more]))[0]
+    close(layer(tokens, P, more)[0], one)
+    close(layer(tokens, more, P)[0], one)
+
+
+@given(cases())
+def test_prompts_for_all_images_are_the_same_prompts_for_each(case):
+    """A context [n, D] is that context [B, n, D], its keys and values computed once."""
+    layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
+    for shared, each in zip(layer(tokens, P), layer(tokens, P.expand(case.B, -1, -1))):
+        close(shared, each)
+
+
+@given(cases())
+def test_one_query_in_the_last_layer_gives_the_class_token_of_all_queries(case):
+    """z_cls^L of Eq. 2 needs the others' keys and values only."""
+    layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
+    (out, w), (z_cls, w_cls) = layer(tokens, P), layer(tokens[:, :1], tokens[:, 1:], P)
+    close(z_cls, out[:, :1])
+    close(w_cls, w)
+
+
+# ---- The class token's weights --------------------------------------------------------------------------
+
+
+@given(cases())
+def test_the_class_tokens_weights_are_its_row_of_the_attention_matrix_averaged_over_heads(case):
+    """w̃ of Eq. 14, here over all keys: tokens first, then prompts."""
+    layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
+    *_, row = oracle.eq_3(layer, tokens[:, :1], P, tokens[:, 1:])
+    z_cls, prompts, Z = row.mean(dim=1).detach().split([1, case.N, case.M], dim=1)
+    close(layer(tokens, P)[1], torch.cat([z_cls, Z, prompts], dim=1))
+
+
+@given(cases())
+def test_the_class_tokens_weights_are_positive_and_sum_to_1(case):
+    """Over all that is in the sequence, prompts included."""
+    layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
+    _, w = layer(tokens, P)
+    assert w.shape == (case.B, 1 + case.M + case.N) and (w > 0).all()
+    close(w.sum(dim=1), torch.ones(case.B).double())
+
+
+@given(cases())
+def test_the_class_tokens_weights_carry_no_gradient(case):
+    """Eq. 14 turns them into positions, and positions have no slope."""
+    layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
+    out, w = layer(tokens, P)
+    assert out.requires_grad and not w.requires_grad
+
+
+# ---- VPT ------------------------------------------------------------------------------------------------
+
+
+@given(cases())
+def test_vpt_is_the_literal_concatenation_of_eq_2_in_logits_and_gradients(case):
+    """Eq. 2, l = 0, ..., L-1, new prompts in every layer."""
+    model = random_model(case, **METHODS['vpt'])
+    oracle.compare(model, case.images(), case.normal('cotangent', case.B, case.C))
+
+
+@given(cases())
+def test_vpt_puts_into_each_layer_its_own_prompts_alone(case):
+    """Eq. 2. "thus being isolated to P^l": layer l sees P^l as it is."""
+    model = random_model(case, **METHODS['vpt'])
+    entered, _ = oracle.watch(model, case.images())
+    for l in range(case.L):
+        assert torch.equal(entered[l][1], model.P[l])
+
+
+@given(cases())
+def test_the_same_images_give_the_same_logits_bit_for_bit_training_or_not(case):
+    """There is no chance in any equation, so no dropout either."""
+    model = random_model(case, **METHODS['ivpt'])
+    logits = model.train()(case.images())
+    assert torch.equal(model(case.images()), logits)
+    assert torch.equal(model.eval()(case.images()), logits)
+
+
+@given(cases())
+def test_images_in_another_order_are_logits_in_that_order(case):
+    """Each image is asked, and reinforced, by itself."""
+    model = random_model(case, **METHODS['ivpt'])
+    order = case.order('order', case.B)
+    close(model(case.images()[order]), model(case.images())[order])
+
+
+# ---- What is trained ------------------------------------------------------------------------------------
+
+
+@every_method
+@given(cases())
+def test_the_trained_parameters_have_the_papers_names_and_shapes_and_nothing_else_is_trained(method, case):
+    """P^l in R^{N x D}, γ^l in R^{N x N} and P_re^l in R^{k x D} between layers, and the head."""
+    model, (L, N, D) = random_model(case, **METHODS[method]), (case.L, case.N, case.D)
+    expected = {'P': (L, N, D), 'head.weight': (case.C, D), 'head.bias': (case.C,)}
+    if METHODS[method]['aggregation']:
+        expected['gamma'] = (L - 1, N, N)
+    if METHODS[method]['reinforcement'] == 'topk':
+        expected['P_re'] = (L - 1, case.k, D)
+    assert {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad} == expected
+    assert {n for n in model.state_dict() if not n.startswith('vit.')} == set(expected)
+
+
+@every_method
+def test_every_trained_parameter_gets_a_gradient_and_the_backbone_none(method):
+    """VPT optimises the prompts "whilst keeping the pre-trained model frozen"."""
+    model = random_model(SMALL, **METHODS[method])
+    model(SMALL.images()).square().sum().backward()
+    for name, p in model.named_parameters():
+        if name.startswith('vit.'):
+            assert p.grad is None, name
+        else:
+            assert p.grad.flatten(1).ne(0).any(dim=1).all() if p.ndim > 1 else p.grad.ne(0).all(), name
+
+
+@every_method
+def test_train_keeps_the_backbone_in_eval_mode(method):
+    """Frozen means frozen: what is not trained does not behave as in training either."""
+    model = random_model(SMALL, **METHODS[method])
+    for _ in 'as built', 'after a test':
+        assert model.training and model.head.training
+        assert not any(module.training for module in model.vit.modules())
+        assert not any(module.training for module in model.eval().modules())
+        assert model.train() is model
+
+
+def test_P_starts_uniform_with_the_bound_of_vpt():
+    """|P| <= sqrt(6 / (3 p² + D)), and a uniform distribution's deviation is its bound over sqrt(3)."""
+    torch.manual_seed(0)
+    P = IVPT(vit.ViT(8, 4, 12, 2, 2), 3, N=2000, k=1).P
+    bound = (6 / (3 * 4 ** 2 + 12)) ** 0.5
+    assert P.min() < -0.99 * bound and 0.99 * bound < P.max() and P.abs().max() <= bound
+    assert abs(P.mean()) < 0.01 * bound and abs(P.std() - bound / 3 ** 0.5) < 0.01 * bound
+
+
+@pytest.mark.parametrize('wrong, message', [
+    (dict(N=0), 'N=0'),
+    (dict(N=-2), 'N=-2'),
+    (dict(num_classes=0), '0 classes'),
+    (dict(k=0), 'M=4 .*k=0'),
+    (dict(k=5), 'M=4 .*k=5'),
+    (dict(structure='deep'), "'deep'.*vpt, cdc"),
+    (dict(reinforcement='bottom'), "'bottom'.*topk, none"),
+    (dict(structure='vpt', aggregation=True), "'cdc'.*'vpt'"),
+])
+def test_what_does_not_fit_raises_a_ValueError_with_the_numbers_in_it(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        IVPT(plain_vit(SMALL), **(dict(num_classes=3, N=2, k=2) | wrong))
+
+
+def test_k_can_be_all_image_tokens_and_does_not_matter_without_reinforcement():
+    assert IVPT(plain_vit(SMALL), 3, k=4).P_re.shape[1] == 4
+    assert IVPT(plain_vit(SMALL), 3, k=99, reinforcement='none').P_re is None
+
+
+@pytest.mark.parametrize('wrong, message', [
+    (dict(N_h=4), 'D=6.*N_h=4'),
+    (dict(patch_size=5), '4 pixels.*5'),
+    (dict(patch_size=0), '4 pixels.*0'),
+    (dict(L=0), '0'),
+    (dict(num_classes=-1), '-1'),
+])
+def test_a_vit_whose_sizes_do_not_fit_raises_a_ValueError_with_the_numbers_in_it(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        vit.ViT(**(dict(img_size=4, patch_size=2, D=6, L=3, N_h=2) | wrong))
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 4, 6), (2, 3, 6, 6), (2, 1, 4, 4), (3, 4, 4)])
+def test_images_of_another_size_raise_a_ValueError_with_both_sizes_in_it(shape):
+    with pytest.raises(ValueError, match=r'{}.*\[B, 3, 4, 4\]'.format(str(shape).strip('()'))):
+        plain_vit(SMALL)(torch.zeros(shape).double())

@@ -1,0 +1,375 @@
+"""Section 4.1, the data: which pictures are learned from, which are tested on, and how they become batches.
+
+The protocol is VTAB-1k's: 800 pictures to train on, 200 to choose settings on, every test picture to test on.
+"""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pictures import no_network, oxford, save_picture, tiny, vtab  # noqa: F401
+from torchvision import transforms
+
+import data
+import train
+from vit import InputError
+
+CPU = torch.device('cpu')
+
+
+def pets(folder, **changes):
+    """The settings of Pets in a folder, and the task."""
+    config = tiny('pets', data=str(folder), **changes)
+    return config, data.load(config)
+
+
+def paths(task):
+    """The files of a task's three sets."""
+    return [[str(path) for path, _ in part.samples] for part in (task.train, task.val, task.test)]
+
+
+def epoch_of(pictures, config, epoch=None):
+    """All images and labels of an epoch, in its order."""
+    images, labels = zip(*data.batches(pictures, config, CPU, epoch))
+    return torch.cat(images), torch.cat(labels)
+
+
+def grey_levels(images, config):
+    """Back from normalised images to 0 ... 255."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (config.mean, config.std))
+    return (images * std + mean) * 255
+
+
+def numbered(n, size=4):
+    """n pictures, each of one colour and with its number as its label."""
+    return [(torch.full((3, size, size), i % 256, dtype=torch.uint8), i) for i in range(n)]
+
+
+# ---- Which pictures -------------------------------------------------------------------------------------
+
+
+def test_pets_are_read_from_torchvisions_folder(tmp_path):
+    oxford(tmp_path, trainval=30, test=12, labels=range(1, 38))
+    config, task = pets(tmp_path)
+    assert (len(task.train), len(task.val), len(task.test)) == (24, 6, 12)
+    assert 'not the official VTAB-1k split' in task.notes[0]
+    for path, label in task.train.samples + task.val.samples + task.test.samples:
+        assert path.name.startswith(f'breed_{label + 1}_')  # ids count from 0
+    assert all(path.stem.split('_')[2] >= '1000' for path, _ in task.test.samples)
+
+
+def test_the_classes_of_pets_are_torchvisions(tmp_path):
+    oxford(tmp_path, trainval=37, labels=range(1, 38))
+    assert pets(tmp_path)[1].classes == [f'Breed {i}' for i in range(1, 38)]
+
+
+def test_a_copy_of_pets_without_some_breeds_can_still_be_learned(tmp_path):
+    oxford(tmp_path, labels=(1, 2, 37))
+    _, task = pets(tmp_path)
+    assert max(label for _, label in task.train.samples + task.test.samples) < len(task.classes)
+
+
+def test_official_lists_take_precedence(tmp_path):
+    oxford(tmp_path)
+    folder = vtab(tmp_path, 8, 3, 5)
+    _, task = pets(tmp_path)
+    assert [len(part) for part in paths(task)] == [8, 3, 5]
+    assert all(path.startswith(str(folder)) for part in paths(task) for path in part)
+    assert task.train.samples[7] == (folder / 'images/train800/000007.jpg', 7)
+    assert len(task.classes) == 37 and 'official' in task.notes[0]
+
+
+def test_a_list_may_have_windows_line_ends_and_names_with_spaces(tmp_path):
+    folder = vtab(tmp_path)
+    save_picture(folder / 'images' / 'a b.jpg', 0)
+    (folder / 'test.txt').write_bytes(b'images/a b.jpg 7\r\nimages/test/000000.jpg 8\r\n')
+    expected = [(folder / 'images/a b.jpg', 7), (folder / 'images/test/000000.jpg', 8)]
+    assert pets(tmp_path)[1].test.samples == expected
+
+
+@given(st.integers(1, 3000), st.integers(1, 900), st.integers(0, 300))
+def test_train_and_val_are_disjoint_in_proportion_and_always_the_same(n, n_train, n_val):
+    config = tiny(n_train=n_train, n_val=n_val)
+    train_set, val_set, note = data.draw(range(n), config)
+    assert len(set(train_set) | set(val_set)) == len(train_set) + len(val_set) == min(n, n_train + n_val)
+    assert set(train_set) | set(val_set) <= set(range(n))
+    assert abs(len(val_set) - len(train_set + val_set) * n_val / (n_train + n_val)) <= 0.5
+    assert ('fewer' in note) == (n < n_train + n_val)
+    torch.manual_seed(n)
+    other = tiny(n_train=n_train, n_val=n_val, seed=7)  # neither this seed nor torch's has a part in it
+    assert data.draw(range(n), other) == (train_set, val_set, note)
+
+
+def test_the_draw_is_800_and_200_of_all_breeds():
+    """Section 4.1. The split of the 3,680 trainval pictures does not change from one version to the next."""
+    train_set, val_set, _ = data.draw(range(3680), tiny(n_train=800, n_val=200))
+    assert (len(train_set), len(val_set)) == (800, 200)
+    assert len({i * 37 // 3680 for i in train_set}) == 37
+    assert (train_set[:3], val_set[:3]) == ([2589, 676, 2579], [364, 1303, 133])
+
+
+def test_no_picture_is_in_two_sets(tmp_path):
+    oxford(tmp_path)
+    for folder in (tmp_path, vtab(tmp_path).parent.parent):
+        sets = [set(part) for part in paths(pets(folder)[1])]
+        assert all(not a & b for a, b in itertools.combinations(sets, 2))
+
+
+@pytest.mark.parametrize('score_on, learned, scored', [('test', 11, 5), ('val', 8, 3)])
+def test_val_is_learned_from_only_when_test_is_scored(score_on, learned, scored, tmp_path, monkeypatch):
+    vtab(tmp_path, 8, 3, 5)
+    seen = {}
+    monkeypatch.setattr(train, 'train', lambda model, pictures, *rest: seen.update(learn=pictures) or [
+        {'epoch': 1, 'loss': 0.0, 'lr': 0.0, 'seconds': 1.0, 'images_per_second': 1.0}])
+    monkeypatch.setattr(train, 'accuracy', lambda model, pictures, *rest: seen.update(score=pictures) or 0.5)
+    config, task = pets(tmp_path, score_on=score_on, runs=str(tmp_path / 'runs'))
+    result = train.run(config)
+    val = {task.val[i][0].numpy().tobytes() for i in range(3)}
+    learn, score = ({x.numpy().tobytes() for x, _ in seen[name]} for name in ('learn', 'score'))
+    assert (len(learn), len(score), result['images']) == (learned, scored, scored)
+    assert (val <= learn) == (score_on == 'test') and (score == val) == (score_on == 'val')
+    assert not learn & score
+
+
+# ---- From files to pictures -----------------------------------------------------------------------------
+
+
+def png(array, **more):
+    """A picture in a file in memory; PNG, so that no value changes."""
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, 'png', **more)
+    file.seek(0)
+    return file
+
+
+def test_every_kind_of_picture_becomes_rgb():
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    for array in (grey, np.stack([grey] * 3, -1), np.stack([grey] * 4, -1)):
+        picture = data.read_image(png(array), (8, 8))
+        assert picture.dtype == torch.uint8 and torch.equal(picture, torch.from_numpy(grey).expand(3, 8, 8))
+
+
+def test_a_photograph_that_was_taken_sideways_stands_upright():
+    array = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn it by a quarter, clockwise
+    picture = data.read_image(png(array, exif=exif), (6, 8))
+    assert torch.equal(picture, torch.from_numpy(np.rot90(array, -1).copy()).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize('img_size, side', [(224, 256), (112, 128), (28, 32)])
+def test_pictures_are_resized_to_256_for_a_crop_of_224_and_in_proportion(img_size, side):
+    assert data.resized(tiny('pets', img_size=img_size)) == side
+    assert data.resized(tiny('pets', img_size=img_size, augment='none')) == (img_size, img_size)
+
+
+@given(st.integers(20, 90), st.integers(20, 90), st.integers(0, 99))
+def test_a_test_picture_is_resized_cropped_in_the_middle_and_normalised(width, height, seed):
+    """Section 4.1: torchvision's transforms are the naive way to say it."""
+    config = tiny('pets', img_size=28)
+    array = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    picture = data.read_image(png(array), data.resized(config))
+    (images, _), = data.batches([(picture, 0)], config, CPU)
+    naive = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(28), transforms.ToTensor(),
+                                transforms.Normalize(config.mean, config.std)])
+    torch.testing.assert_close(images[0], naive(Image.fromarray(array)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_pictures_in_memory_are_those_in_the_files(workers, tmp_path):
+    oxford(tmp_path)
+    config, task = pets(tmp_path, workers=workers)
+    kept = data.in_memory(task.train, config)
+    assert isinstance(kept, list) and len(kept) == len(task.train)
+    for (picture, label), (kept_picture, kept_label) in zip((task.train[i] for i in range(len(kept))), kept):
+        assert label == kept_label and torch.equal(picture, kept_picture)
+
+
+def test_what_does_not_fit_in_memory_stays_in_its_files(tmp_path):
+    oxford(tmp_path)
+    config, task = pets(tmp_path, cache_gb=0)
+    assert data.in_memory(task.train, config) is task.train
+
+
+# ---- From pictures to batches ---------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=3), st.lists(st.floats(0.1, 1), min_size=3, max_size=3))
+def test_normalisation_is_minus_mean_by_std_of_each_colour(mean, std):
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16)
+    config = tiny(img_size=16, mean=mean, std=std)
+    (images, _), = data.batches([(levels, 0)], config, CPU)
+    for i in range(3):
+        naive = (levels[i].double() / 255 - mean[i]) / std[i]
+        torch.testing.assert_close(images[0, i].double(), naive, rtol=1e-5, atol=1e-5)
+
+
+@given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 5), st.integers(0, 100))
+def test_every_picture_comes_exactly_once_an_epoch(n, batch, seed, epoch):
+    config = tiny(img_size=4, batch=batch, seed=seed)
+    sizes = [len(labels) for _, labels in data.batches(numbered(n), config, CPU, epoch)]
+    assert sizes == [batch] * (n // batch) + [n % batch] * (n % batch > 0)
+    images, labels = epoch_of(numbered(n), config, epoch)
+    assert sorted(labels.tolist()) == list(range(n))
+    assert torch.equal(grey_levels(images, config)[:, 0, 0, 0].round().long(), labels)  # with its own label
+
+
+def test_test_pictures_come_in_order():
+    assert epoch_of(numbered(40), tiny(img_size=4))[1].tolist() == list(range(40))
+
+
+def test_one_seed_and_epoch_give_the_same_batches_and_no_other_does():
+    pictures, config = numbered(40, size=9), tiny(img_size=8, augment='crop_flip')
+    images, labels = epoch_of(pictures, config, 3)
+    torch.manual_seed(99)  # torch's own random numbers have no part in it
+    same_images, same_labels = epoch_of(pictures, config, 3)
+    assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
+    for other, epoch in ((config, 4), (tiny(img_size=8, augment='crop_flip', seed=1), 3)):
+        assert not torch.equal(labels, epoch_of(pictures, other, epoch)[1])
+
+
+def test_an_epoch_is_the_same_from_files_from_memory_and_from_workers(tmp_path):
+    oxford(tmp_path)
+    config, task = pets(tmp_path)
+    with_workers = tiny('pets', workers=2)
+    images, labels = epoch_of(task.train, config, 1)
+    for pictures, how in ((task.train, with_workers), (data.in_memory(task.train, config), config)):
+        other_images, other_labels = epoch_of(pictures, how, 1)
+        assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
+
+
+def windows(n, augment, epoch=0):
+    """(top, left, flipped) of each of n windows of 6 x 6, cut from one picture of 9 x 11 whose colours are
+    its coordinates. That it is a window at all is asserted here."""
+    rows, columns = torch.meshgrid(torch.arange(9), torch.arange(11), indexing='ij')
+    picture = torch.stack([rows, columns, 0 * rows]).to(torch.uint8)
+    config = tiny(img_size=6, augment=augment, batch=64)
+    found = []
+    for window in grey_levels(epoch_of([(picture, 0)] * n, config, epoch)[0], config).round().to(torch.uint8):
+        top, left = window[0].min().item(), window[1].min().item()
+        flipped = bool(window[1, 0, 0] > window[1, 0, 5])
+        expected = picture[:, top:top + 6, left:left + 6]
+        assert torch.equal(window, expected.flip(-1) if flipped else expected)
+        found.append((top, left, flipped))
+    return found
+
+
+def test_training_crops_are_windows_of_the_picture_and_reach_all_of_it():
+    """Section 4.1, "random cropping and horizontal flip"."""
+    found = windows(1000, 'crop_flip')
+    assert {(top, left) for top, left, _ in found} == set(itertools.product(range(4), range(6)))
+    assert {flipped for *_, flipped in found} == {True, False}
+    assert max(found.count(window) for window in set(found)) < 60  # of 1000 in 48 kinds: none is preferred
+
+
+def test_about_half_of_the_training_pictures_are_flipped():
+    assert 0.45 < np.mean([flipped for *_, flipped in windows(1000, 'crop_flip')]) < 0.55
+
+
+def test_the_crop_is_another_one_in_the_next_epoch():
+    assert windows(20, 'crop_flip', 0) != windows(20, 'crop_flip', 1)
+
+
+def test_a_test_picture_is_never_flipped_and_always_cropped_in_the_middle():
+    assert set(windows(50, 'crop_flip', epoch=None)) == {(2, 2, False)}
+
+
+def test_without_augmentation_a_training_picture_is_the_picture():
+    pictures, config = data.load(tiny(n_train=30)).train, tiny(n_train=30)
+    images, labels = epoch_of(pictures, config, 0)
+    plain = {picture.numpy().tobytes() for picture, _ in pictures}
+    assert {x.numpy().tobytes() for x in grey_levels(images, config).round().to(torch.uint8)} == plain
+
+
+# ---- Pictures of shapes ---------------------------------------------------------------------------------
+
+
+def middles(images, size=48):
+    """The colours in the middle of the nine cells: [n, 9, 3]."""
+    border, inner = size * 3 // 48, size * 14 / 48
+    at = [int(border + inner * (i + 0.5)) for i in range(3)]
+    return np.stack([images[:, :, at[cell // 3], at[cell % 3]] for cell in range(9)], axis=1).astype(int)
+
+
+def is_colour(rgb, colour):
+    return (np.abs(rgb - data.COLOURS[colour]) <= 1).all(-1)
+
+
+QUESTIONS = [(n, colour) for n in (1, 4, 6) for colour in list(data.COLOURS)[:n]]
+
+
+@pytest.mark.parametrize('size', [32, 48, 96])
+@pytest.mark.parametrize('n_shapes, ask', QUESTIONS)
+def test_the_colour_that_is_asked_for_lies_in_the_cell_of_the_label_and_in_no_other(n_shapes, ask, size):
+    images, labels = data.draw_shapes(60, ask, n_shapes=n_shapes, noise=0, size=size)
+    assert (is_colour(middles(images, size), ask) == np.eye(9, dtype=bool)[labels]).all()
+
+
+@pytest.mark.parametrize('n_shapes', [1, 4, 6])
+def test_each_colour_has_a_cell_of_its_own(n_shapes):
+    cells = middles(data.draw_shapes(200, 'red', n_shapes=n_shapes, noise=0)[0])
+    for i, colour in enumerate(data.COLOURS):
+        assert (is_colour(cells, colour).sum(1) == (i < n_shapes)).all()
+
+
+def test_the_frame_has_the_colour_that_is_asked_for_and_never_purple():
+    """The backbone that comes with this project was never asked for purple or cyan."""
+    images, labels = data.draw_shapes(300, 'frame', noise=0)
+    frame = images[:, :, 0, 0].astype(int)
+    assert (np.abs(middles(images)[np.arange(300), labels] - frame) <= 1).all()
+    assert (images[:, :, [0, 1, 2, 45, 46, 47]] == images[:, :, :1, :1]).all()  # it goes all around
+    assert (images[:, :, :, [0, 1, 2, 45, 46, 47]] == images[:, :, :1, :1]).all()
+    seen = {colour for colour in data.COLOURS if is_colour(frame, colour).any()}
+    assert seen == {'red', 'green', 'blue', 'yellow'}
+
+
+def test_pictures_downstream_have_no_frame():
+    corners = data.draw_shapes(100, 'blue', noise=0)[0][:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners == corners[:, :1, :1]).all()  # grey, as the background
+    assert len(set(corners[:, 0, 0].tolist())) > 30
+
+
+def test_every_cell_is_the_answer_about_as_often():
+    for ask in ('frame', 'blue'):
+        counts = np.bincount(data.draw_shapes(1800, ask, size=16)[1], minlength=9)
+        assert len(counts) == 9 and (abs(counts - 200) < 60).all()
+
+
+def test_noise_has_the_standard_deviation_that_was_asked_for():
+    noisy, plain = (data.draw_shapes(50, 'blue', noise=noise)[0].astype(float) for noise in (8, 0))
+    inside = (plain > 40) & (plain < 215)  # where nothing is clipped
+    assert abs((noisy - plain)[inside].std() - 8) < 0.2
+
+
+def test_one_seed_draws_the_same_pictures_and_another_seed_others():
+    images, labels = data.draw_shapes(20, 'blue', seed=1)
+    np.random.seed(99)  # numpy's own random numbers have no part in it
+    same_images, same_labels = data.draw_shapes(20, 'blue', seed=1)
+    assert (images == same_images).all() and (labels == same_labels).all()
+    assert (images != data.draw_shapes(20, 'blue', seed=2)[0]).any()
+
+
+@pytest.mark.parametrize('ask', ['frame', 'blue'])
+def test_no_picture_of_shapes_is_in_two_sets(ask):
+    task = data.load(tiny(ask=ask, n_train=50, n_val=50, n_test=50))
+    pictures = [x.numpy().tobytes() for part in (task.train, task.val, task.test) for x, _ in part]
+    assert len(set(pictures)) == 150
+
+
+def test_the_questions_are_asked_about_the_same_pictures_but_not_about_those_of_pre_training():
+    blue, red, framed = (data.load(tiny(ask=ask, noise=0)).test for ask in ('blue', 'red', 'frame'))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(blue, red))
+    assert [label for _, label in blue] != [label for _, label in red]
+    inside = [{picture[:, 3:-3, 3:-3].numpy().tobytes() for picture, _ in part} for part in (blue, framed)]
+    assert not inside[0] & inside[1]
+
+
+@pytest.mark.parametrize('ask', ['pink', 'purple'])  # not a colour, and not one of the first four
+def test_a_colour_that_is_not_in_the_pictures_is_refused(ask):
+    with pytest.raises(InputError, match=f'{ask}.*frame, red, green'):
+        data.load(tiny(ask=ask))
