@@ -216,7 +216,7 @@ def load_weights(model, weights):
     state, own = read_state_dict(weights), model.state_dict()
     try:
         state = to_timm(state, model.blocks[0].attn.N_h)
-        if 'pos_embed' in state and state['pos_embed'].ndim == 3:
+        if 'pos_embed' in state and state['pos_embed'].ndim == 3 and state['pos_embed'].shape[2] == model.D:
             state['pos_embed'] = resample_pos_embed(state['pos_embed'], model.M)
     except (IndexError, RuntimeError, ValueError) as error:  # a matrix that is a vector, layers of two widths
         raise InputError(f'{weights} does not fit this ViT: {reason(error)}') from None
@@ -313,7 +313,8 @@ JAX_NAMES = {  # replaced in this order
 
 def from_jax(state, N_h):
     """The first release (github.com/google-research/vision_transformer): kernels transposed, heads apart. If a
-    layer `pre_logits` stands before its head, both are dropped: features pass neither."""
+    layer `pre_logits` stands before its head, both are dropped: features pass neither. Its GELU is approximate;
+    timm and VPT use these weights with the exact one, and so do we."""
     timm = {}
     for name, x in state.items():
         merged = re.search('(query|key|value)/', name)  # [D, N_h, d] and [N_h, d]; on the way out [N_h, d, D]
@@ -345,7 +346,9 @@ def fold_layer_scale(state):
         layer, which = re.match(LAYER_SCALE, name).groups()
         gamma, before = state.pop(name), f'{layer}.{"attn.proj" if which == "1" else "mlp.fc2"}'
         for W in {f'{before}.weight', f'{before}.bias'} & state.keys():
-            state[W] = torch.diag(gamma) @ state[W]  # [D, D] or [D, 4 D] or [D]
+            if gamma.shape != state[W].shape[:1]:
+                raise ValueError(f'{name} {list(gamma.shape)} does not scale {W} {list(state[W].shape)}')
+            state[W] = torch.einsum('i,i...->i...', gamma, state[W])  # [D, D] or [D, 4 D] or [D]
     M = state['pos_embed'].shape[1] if 'pos_embed' in state else 0
     if M and round(M ** 0.5) ** 2 == M:
         state['pos_embed'] = F.pad(state['pos_embed'], (0, 0, 1, 0))  # [1, 1 + M, D]
@@ -371,7 +374,7 @@ def read_state_dict(weights):
     path = fetch(str(weights))
     if not os.path.exists(path):
         raise InputError(f'{path}: there is no such file; give --weights the file of a checkpoint')
-    kind, read = READERS.get(path.suffix, READERS['.pth'])
+    kind, read = READERS.get(path.suffix.lower(), READERS['.pth'])
     try:
         if not os.path.isfile(path):
             raise ValueError('not a file')
@@ -460,7 +463,7 @@ def fetch(weights):
     # pytorch_model.bin is the name of many files, so the cached file's name has the URL's whole path
     name = unquote(urlparse(url).path).strip('/').replace('/', '_')
     path, in_name = Path(torch.hub.get_dir()) / 'checkpoints' / name, re.search(r'-([0-9a-f]{8,64})\.', name)
-    part = path.with_name(name + '.part')
+    part = path.with_name(f'{name}.{os.getpid()}')  # two runs may download at once
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -471,8 +474,8 @@ def fetch(weights):
             part.replace(path)
     except Exception as error:  # no network, moved, refused, disk full, cut short, altered
         part.unlink(missing_ok=True)
-        raise InputError(f'could not download {url} ({reason(error)}). Put that file at {path} by hand, or give the '
-                         'path of a copy with --weights') from None
+        raise InputError(f'could not download {url} ({reason(error)}). Put that file at {path} by hand, or '
+                         'give the path of a copy with --weights') from None
     return path
 
 

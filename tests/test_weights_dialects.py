@@ -194,12 +194,13 @@ def test_jax_parameters_for_another_number_of_heads_are_refused(N_h, tmp_path):
 
 @pytest.mark.parametrize('dialect', FILES)
 def test_no_parameter_of_any_dialect_can_be_missing(dialect, tmp_path):
-    """But those that are dropped, a head, and a LayerScale as a whole, which not all ViTs have."""
-    state = state_of(dialect)
+    """But those that are dropped, a head, and a LayerScale, which not all ViTs have."""
+    model = tiny()
+    state = {name: x for name, x in state_of(dialect).items() if x.is_floating_point()}
     for name in state:
         if not any(part in name for part in ('head', 'decoder', 'mask_token', 'momentum', 'predictor', 'pre_logits',
                                              'gamma')):
-            said = refusal(tiny(), tmp_path / 'weights.npz', {n: x for n, x in state.items() if n != name})
+            said = refusal(model, tmp_path / 'weights.safetensors', {n: x for n, x in state.items() if n != name})
             assert 'does not fit this ViT' in said
 
 

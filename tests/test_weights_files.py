@@ -6,6 +6,7 @@ import pickle
 import re
 import resource
 import struct
+import sys
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import DIALECTS, SUFFIXES, safetensors, save, state_of, tiny
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import vit
 from vit import InputError
 
+fewer = settings(max_examples=settings.default.max_examples // 3)  # where a test is several
 every_format = pytest.mark.parametrize('suffix', SUFFIXES)
 FIRST = 'blocks.0.attn.qkv.weight'
 MODEL = tiny()
@@ -38,10 +40,15 @@ def whole(folder):
 
 @pytest.fixture(autouse=True)
 def no_huge_allocation():
-    """No test here may take 1 GB more than was ever taken; the files in it are a few kB and claim far more."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """No test here may take 500 MB more than was ever taken; the files are a few kB and claim many GB."""
+    before = peak()
     yield
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10 ** 6  # kB
+    assert peak() - before < 500
+
+
+def peak():
+    """The most memory that was ever taken, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
 
 
 def written(path, content):
@@ -97,6 +104,7 @@ def test_damage_in_a_file_is_found_by_its_checksums_or_gives_numbers(suffix, dat
 
 
 @every_format
+@fewer
 @given(content=st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
 def test_bytes_and_words_are_refused(suffix, content, folder):
     assert 'is not a' in refusal(written(folder / f'bytes{suffix}', content))
@@ -199,10 +207,10 @@ def test_a_pickle_that_claims_a_larger_storage_than_there_is_is_refused(claim, z
 
 
 def test_a_zip_file_that_unpacks_to_far_more_than_it_is_is_refused(folder):
-    """100 MB of zeros take 100 kB."""
+    """10 MB of zeros take 10 kB."""
     for name in ('bomb.npz', 'bomb.pth'):
         with zipfile.ZipFile(folder / name, 'w', zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr('norm.weight.npy', bytes(10 ** 8))
+            archive.writestr('norm.weight.npy', bytes(10 ** 7))
         assert 'unpacks to far more' in refusal(folder / name)
 
 
@@ -212,6 +220,14 @@ def test_a_zip_file_that_unpacks_to_far_more_than_it_is_is_refused(folder):
 @pytest.mark.filterwarnings('ignore')
 def test_tensors_without_numbers_of_their_own_are_refused(odd, folder):
     refusal(save(folder / 'odd.pth', state_of('timm') | {FIRST: odd(torch.zeros(24, 8))}))
+
+
+@pytest.mark.parametrize('dialect, name, x', [
+    ('dinov2', 'blocks.0.ls1.gamma', torch.ones(2 ** 18)), ('timm', 'pos_embed', torch.ones(1, 2, 2 ** 18)),
+    ('dinov2', 'blocks.0.attn.proj.bias', torch.ones(1))])
+def test_what_is_computed_on_the_way_cannot_grow_far_beyond_the_file(dialect, name, x, folder):
+    """diag(γ) of 2^18 gammas has 2^36 numbers."""
+    assert name in refusal(save(folder / 'wide.pth', state_of(dialect) | {name: x}))
 
 
 class Evil:
@@ -237,6 +253,7 @@ def test_code_in_an_array_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@fewer
 @given(name=st.text(min_size=1), shape=st.lists(st.integers(0, 2), max_size=4))
 def test_a_name_from_a_file_cannot_write_to_the_terminal(suffix, name, shape, folder):
     """Neither a second line nor an escape sequence."""
@@ -249,7 +266,8 @@ def test_a_name_from_a_file_cannot_write_to_the_terminal(suffix, name, shape, fo
 
 
 @every_format
-@given(name=st.sampled_from([n for n in state_of('timm')]), bad=st.sampled_from([float('nan'), float('inf'), -float('inf')]))
+@fewer
+@given(name=st.sampled_from(list(state_of('timm'))), bad=st.sampled_from([float('nan'), float('inf'), -float('inf')]))
 def test_a_weight_that_is_not_finite_is_refused_by_its_parameters_name(suffix, name, bad, folder):
     state = state_of('timm')
     state[name].view(-1)[-1] = bad
@@ -271,7 +289,8 @@ def test_a_double_too_large_for_single_precision_is_not_finite(folder):
 
 
 @pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.bool, torch.complex64])
-@given(name=st.sampled_from([n for n in state_of('timm')]))
+@fewer
+@given(name=st.sampled_from(list(state_of('timm'))))
 def test_integers_and_complex_numbers_are_refused_by_name(dtype, name, folder):
     state = state_of('timm')
     said = refusal(save(folder / 'type.pth', state | {name: state[name].to(dtype)}))
@@ -279,6 +298,7 @@ def test_integers_and_complex_numbers_are_refused_by_name(dtype, name, folder):
 
 
 @pytest.mark.parametrize('dialect', [name for name in DIALECTS if name != 'safetensors'])
+@fewer
 @given(data=st.data())
 def test_a_parameter_of_another_shape_is_refused_in_every_dialect(dialect, data, folder):
     """But a head is left out, positions on another grid are resampled, and what is dropped can be anything."""
