@@ -183,12 +183,13 @@ def header(config, task, model, device):
     count, frozen = sum(p.numel() for p in parts.values()), sum(p.numel() for p in model.parameters())
     sizes = ', '.join(f'{name} {list(p.shape)}' for name, p in parts.items()) if len(parts) < 6 else 'all'
     paper = f'; the paper, mean over VTAB-1k: {config.paper_params:.2f}M' if config.paper_params else ''
+    table_18 = f' (the paper: {config.paper_backbone_params:g}M)' if config.paper_backbone_params else ''
     say(f'task      {config.task}: {len(task.train)} + {len(task.val)} images for training and validation, '
         f'{len(task.test)} for testing, {len(task.classes)} classes')
     for note in task.notes:
         say(f'          {note}')
-    say(f'backbone  {config.model} at {config.img_size} pixels, {frozen / 1e6:.2f}M parameters in all, '
-        f'weights {config.weights or "random"}')
+    say(f'backbone  {config.model} at {config.img_size} pixels, {frozen / 1e6:.2f}M parameters in all'
+        f'{table_18}, weights {config.weights or "random"}')
     say(f'method    {config.method}, seed {config.seed}: {count / 1e6:.3f}M trained ({sizes}){paper}')
     say(f'device    {device}{" in bfloat16" if config.bf16 and device.type == "cuda" else ""}, '
         f'{torch.get_num_threads()} threads, torch {torch.__version__}, torchvision {torchvision.__version__}')
@@ -307,7 +308,7 @@ def arguments(argv):
     parser.add_argument('--method', help='an entry of methods, or several: ivpt,vpt')
     parser.add_argument('--model', help="an entry of models, or a name such as vit_small_patch14_224")
     parser.add_argument('--seed', help='a number, or several: 0,1,2')
-    parser.add_argument('--weights', help='path or URL of a timm-format state dict')
+    parser.add_argument('--weights', help='path or URL of a checkpoint: .pth, .pt, .bin, .tar, .safetensors or .npz')
     parser.add_argument('--data', help='folder of the data sets')
     parser.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', action='extend',
                         help='any setting of configs.yaml')

@@ -11,11 +11,17 @@ Letters mean the same in every file of this project:
 Shapes stand at the end of a line: [B, 1 + M, D] is the class token followed by M image tokens.
 """
 
+import hashlib
+import json
 import logging
+import os
 import re
+import zipfile
 from pathlib import Path
 from urllib.parse import unquote, urlparse
+from urllib.request import Request, urlopen
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -191,8 +197,8 @@ def parse_name(name):
 def build(name, weights=None, num_classes=0, img_size=None):
     """A ViT by timm's name, such as vit_base_patch16_224; what follows a dot in the name is ignored.
 
-    weights: path or URL of a timm-format state dict; random values without. img_size: pixels, if other
-    than the name says. Raises InputError for a name outside the grammar and for weights that do not fit.
+    weights: path or URL of a checkpoint, see `load_weights`; random values without. img_size: pixels, if
+    other than the name says. Raises InputError for a name outside the grammar and for weights that do not fit.
     """
     size, patch_size, pixels = parse_name(name)
     model = ViT(img_size or pixels, patch_size, *SIZES[size], num_classes=num_classes)
@@ -201,39 +207,66 @@ def build(name, weights=None, num_classes=0, img_size=None):
     return model
 
 
-def load_weights(model, weights):
-    """Copy the timm-format state dict at a path or URL into a model, exactly or not at all.
+# ---- Weights --------------------------------------------------------------------------------------------
 
-    `pos_embed` of another grid is resampled. A head of another size is left out and said so. Whatever
-    else is missing, left over or of another shape raises InputError with the parameters' names.
+
+def load_weights(model, weights):
+    """Copy the checkpoint at a path or URL into a model, exactly or not at all.
+
+    It may be in any format of READERS and any dialect of `to_timm`. `pos_embed` of another grid is resampled.
+    A head of another size is left out and said so. Whatever else is missing, left over, of another shape or
+    type, or not finite raises InputError with the parameters' names.
     """
-    state = read_state_dict(weights)
-    own = model.state_dict()
-    if 'pos_embed' in state and state['pos_embed'].ndim == 3:
-        state['pos_embed'] = resample_pos_embed(state['pos_embed'], model.M)
+    state, own = read_state_dict(weights), model.state_dict()
+    try:
+        state = to_timm(state, model.blocks[0].attn.N_h)
+        if 'pos_embed' in state and state['pos_embed'].ndim == 3 and state['pos_embed'].shape[2] == model.D:
+            state['pos_embed'] = resample_pos_embed(state['pos_embed'], model.M)
+    except (IndexError, RuntimeError, ValueError) as error:  # a matrix that is a vector, layers of two widths
+        raise InputError(f'{weights} does not fit this ViT: {reason(error)}') from None
     head = {name for name in ('head.weight', 'head.bias') if name in state}
     if any(name not in own or own[name].shape != state[name].shape for name in head):
         log.warning(f'{weights}: its head for {(*state[min(head)].shape, 1)[0]} classes is left out')
         for name in head:
             del state[name]
     state |= {name: own[name] for name in ('head.weight', 'head.bias') if name in own and name not in state}
+    if wrong := misfits(state, own):
+        raise InputError(f'{weights} does not fit this ViT ({model.L} layers, D={model.D}, patch '
+                         f'{model.patch_size}). {wrong}. Name its model with --model')
+    if broken := [name for name, x in state.items() if not x.isfinite().all()]:
+        raise InputError(f'{weights} is damaged: NaN or infinite values in {shorten(broken)}')
+    model.load_state_dict(state)
 
+
+NOT_PLAIN = {  # in a parameter's name, the sign of what a plain ViT cannot represent
+    'reg(ister)?_token': 'register tokens', 'dist': 'distillation token', '[qk]_norm': 'q/k norms',
+    'rel(ative)?_pos': 'relative position bias', 'w12|w3|fc1_[gx]': 'SwiGLU',
+    'fc_norm': 'norm of pooled tokens', 'norm_pre': 'norm before its layers'}
+
+
+def misfits(state, own):
+    """In words, how a state dict differs from a model's own in names, shapes and types; '' if it does not."""
+    both, more = own.keys() & state.keys(), state.keys() - own.keys()
+    means = [what for sign, what in NOT_PLAIN.items() if re.search(sign, ' '.join(more))]
     wrong = {
         'missing': own.keys() - state.keys(),
-        'not of a plain ViT': state.keys() - own.keys(),
+        'not of a plain ViT': more,
         'of another shape': {f'{name} {list(state[name].shape)} for {list(own[name].shape)}'
-                             for name in own.keys() & state.keys() if state[name].shape != own[name].shape},
+                             for name in both if state[name].shape != own[name].shape},
+        'not floating-point': {name for name in both if not state[name].is_floating_point()},
     }
-    if any(wrong.values()):
-        found = '; '.join(f'{what}: {shorten(sorted(names))}' for what, names in wrong.items() if names)
-        raise InputError(f'{weights} does not fit this ViT ({model.L} layers, D={model.D}, patch '
-                         f'{model.patch_size}). {found}. Name its model with --model')
-    model.load_state_dict(state)
+    said = [f'{what}: {shorten(sorted(names))}' for what, names in wrong.items() if names]
+    return '; '.join(said + [f'a plain ViT has no {what}' for what in means])
 
 
 def shorten(names, most=4):
     """Join names, the first few of them."""
-    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+    return printable(', '.join(names[:most])) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+
+def printable(words):
+    """Words out of a file, fit for a terminal: not too many, and no control characters."""
+    return ''.join(c if c.isprintable() else '?' for c in words[:300])
 
 
 def resample_pos_embed(pos_embed, M):
@@ -247,39 +280,224 @@ def resample_pos_embed(pos_embed, M):
     return torch.cat([z_cls, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def read_state_dict(weights):
-    """The float32 state dict in the file at a path or URL. No code in a file is ever run.
+# ---- Dialects: the same parameters under other names ----------------------------------------------------
 
+
+def to_timm(state, N_h):
+    """A checkpoint in timm's names and shapes, for a model with N_h heads. A dialect is told by its names;
+    names of none stay as they are. Raises ValueError, or what torch raises, if shapes contradict names."""
+    if any(name.startswith('module.') for name in state):
+        state = from_moco_v3(state)
+    if any(name.endswith('embedding/kernel') for name in state):
+        state = from_jax(state, N_h)
+    if any(re.match(LAYER_SCALE, name) for name in state):
+        state = fold_layer_scale(state)
+    return from_mae(state)
+
+
+def from_moco_v3(state):
+    """MoCo-v3 (github.com/facebookresearch/moco-v3). vit-*.pth.tar has two encoders with a projection each for
+    a head; its linear classification takes the first. linear-vit-*.pth.tar has one, with a classifier."""
+    for prefix in ('module.base_encoder.', 'module.momentum_encoder.', 'module.'):
+        if encoder := {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}:
+            break
+    sines = encoder.get('pos_embed', torch.ones(1, 1, 1))  # fixed, 0 for the class token
+    if sines.shape[-1] == 384 and not sines[:, 0].any():
+        raise ValueError("MoCo-v3's ViT-S has 12 heads and a plain one 6, in parameters of the same shapes")
+    return {name: x for name, x in encoder.items() if prefix == 'module.' or not name.startswith('head.')}
+
+
+JAX_NAMES = {  # replaced in this order
+    'opt/target/': '', 'Transformer/posembed_input/pos_embedding': 'pos_embed', 'cls': 'cls_token',
+    'Transformer/encoder_norm': 'norm', 'Transformer/encoderblock_': 'blocks.', 'LayerNorm_0': 'norm1',
+    'LayerNorm_2': 'norm2', 'MlpBlock_3/Dense_0': 'mlp.fc1', 'MlpBlock_3/Dense_1': 'mlp.fc2',
+    'MultiHeadDotProductAttention_1/out': 'attn.proj', 'MultiHeadDotProductAttention_1': 'attn',
+    'embedding': 'patch_embed.proj', 'kernel': 'weight', 'scale': 'weight', '/': '.'}
+
+
+def from_jax(state, N_h):
+    """The first release (github.com/google-research/vision_transformer): kernels transposed, heads apart. If a
+    layer `pre_logits` stands before its head, both are dropped: features pass neither. Its GELU is approximate;
+    timm and VPT use these weights with the exact one, and so do we."""
+    timm = {}
+    for name, x in state.items():
+        merged = re.search('(query|key|value)/', name)  # [D, N_h, d] and [N_h, d]; on the way out [N_h, d, D]
+        heads = x.shape[-2:-1] if merged else x.shape[-3:-2] if name.endswith('_1/out/kernel') else (N_h,)
+        if heads != (N_h,):
+            raise ValueError(f'{name} {list(x.shape)} is not for N_h={N_h} heads')
+        for theirs, ours in JAX_NAMES.items():
+            name = name.replace(theirs, ours)
+        if name == 'patch_embed.proj.weight':
+            x = x.permute(3, 2, 0, 1)  # [p, p, 3, D] -> [D, 3, p, p]
+        else:
+            x = x.flatten(-2) if merged else x.flatten(0, 1) if name.endswith('attn.proj.weight') else x
+            x = x.mT if x.ndim > 1 and name.endswith('.weight') else x  # [in, out] -> [out, in]
+        timm[name] = x
+    for q in [name for name in timm if '.attn.query.' in name]:
+        qkv = [timm.pop(q.replace('query', part), torch.empty(0)) for part in ('query', 'key', 'value')]
+        timm[q.replace('query', 'qkv')] = torch.cat(qkv)  # [3 D, D] or [3 D]
+    dropped = ('pre_logits.', 'head.') if 'pre_logits.weight' in timm else ()
+    return {name: x for name, x in timm.items() if not name.startswith(dropped)}
+
+
+LAYER_SCALE = r'(blocks\.\d+)\.(?:ls|gamma_)([12])(?:\.gamma)?$'
+
+
+def fold_layer_scale(state):
+    """LayerScale of DINOv2 and timm (ls1.gamma) or DeiT III (gamma_1): diag(γ)(Wx + b), so W, b take γ in.
+    DeiT III has no position embedding for the class token, which is to add 0."""
+    for name in [name for name in state if re.match(LAYER_SCALE, name)]:
+        layer, which = re.match(LAYER_SCALE, name).groups()
+        gamma, before = state.pop(name), f'{layer}.{"attn.proj" if which == "1" else "mlp.fc2"}'
+        for W in {f'{before}.weight', f'{before}.bias'} & state.keys():
+            if gamma.shape != state[W].shape[:1]:
+                raise ValueError(f'{name} {list(gamma.shape)} does not scale {W} {list(state[W].shape)}')
+            state[W] = torch.einsum('i,i...->i...', gamma, state[W])  # [D, D] or [D, 4 D] or [D]
+    M = state['pos_embed'].shape[1] if 'pos_embed' in state else 0
+    if M and round(M ** 0.5) ** 2 == M:
+        state['pos_embed'] = F.pad(state['pos_embed'], (0, 0, 1, 0))  # [1, 1 + M, D]
+    return state
+
+
+def from_mae(state):
+    """MAE (github.com/facebookresearch/mae) without its decoder and its `mask_token`, which DINOv2 has too and
+    which no whole image meets."""
+    return {name: x for name, x in state.items() if not name.startswith('decoder_') and name != 'mask_token'}
+
+
+# ---- Files ----------------------------------------------------------------------------------------------
+
+MOST_UNPACKED = 8  # times a file's size; weights hardly compress
+
+
+def read_state_dict(weights):
+    """The tensors in the file at a path or URL, by name; what is floating-point as float32.
+
+    No code in a file is ever run, and no number in it is trusted with memory that the file could not fill.
     Raises InputError if the file is missing, damaged, or holds anything but named tensors."""
     path = fetch(str(weights))
+    if not os.path.exists(path):
+        raise InputError(f'{path}: there is no such file; give --weights the file of a checkpoint')
+    kind, read = READERS.get(path.suffix.lower(), READERS['.pth'])
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f'{path}: there is no such file; give --weights a PyTorch state dict') from None
-    except Exception as error:  # torch.load has a dozen ways to dislike a file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f'{path} is not a PyTorch state dict, or is cut short ({reason[:100]}); '
+        if not os.path.isfile(path):
+            raise ValueError('not a file')
+        if zipfile.is_zipfile(path):  # numpy's, and torch's since 1.6
+            check_zip(path)
+        state = read(path)
+    except Exception as error:  # each reader has a dozen ways to dislike a file
+        raise InputError(f'{path} is not a {kind}, or is cut short ({reason(error)}); '
                          'download it again') from None
+    for wrapper in ('state_dict', 'model'):  # MoCo-v3 and timm; MAE and DeiT
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
     if not isinstance(state, dict) or not state or not all(
-            isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in state.items()):
+            isinstance(name, str) and isinstance(x, torch.Tensor) and x.layout == torch.strided
+            and x.device.type == 'cpu' and not x.is_quantized for name, x in state.items()):
         raise InputError(f'{path} holds no state dict: expected names and tensors, as timm saves them')
-    return {name: x.float() for name, x in state.items()}
+    if sum(x.nbytes for x in state.values()) > MOST_UNPACKED * path.stat().st_size:
+        raise InputError(f'{path} is damaged: its tensors are larger than the file')
+    return {name: x.detach().float() if x.is_floating_point() else x for name, x in state.items()}
+
+
+def reason(error):
+    """What an error says, in one line: of torch.load's many, the one that names what it met."""
+    said = str(error).partition('WeightsUnpickler error:')[2] or str(error)
+    if code := re.search(r'GLOBAL (\S+)', said):
+        return f'it holds a {printable(code[1])}, which is code, and code is not run: save its state dict alone'
+    return printable((said.strip().splitlines() or [type(error).__name__])[0])
+
+
+def check_zip(path):
+    """Raise ValueError if a zip file would unpack to far more than it is, or if a checksum in it is wrong."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > MOST_UNPACKED * path.stat().st_size:
+            raise ValueError('it unpacks to far more than its size')
+        if damaged := archive.testzip():
+            raise ValueError(f'{damaged} in it is damaged')
+
+
+def read_torch(path):
+    """A file of torch.save."""
+    return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def read_npz(path):
+    """A file of numpy.savez."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def read_safetensors(path):
+    """github.com/huggingface/safetensors: 8 bytes with the length of a header, the header in JSON, and the
+    tensors that it names, side by side."""
+    dtypes = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
+    state, end, size = {}, 0, path.stat().st_size
+    with open(path, 'rb') as file:
+        length = int.from_bytes(file.read(8), 'little')
+        room = size - 8 - length  # of the tensors
+        if room < 0 or length > 10 ** 8:  # the format's own limit
+            raise ValueError(f'a header of {length} bytes in a file of {size}')
+        header = json.loads(file.read(length))
+        header.pop('__metadata__', None)
+        for name, x in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
+            start, stop = x['data_offsets']
+            if x['dtype'] not in dtypes or start != end or not start < stop <= room:
+                raise ValueError(f'{name!r} is {x["dtype"]} from byte {start} to {stop} of {room}, after {end}')
+            state[name] = torch.frombuffer(bytearray(file.read(stop - start)), dtype=dtypes[x['dtype']])
+            state[name], end = state[name].reshape(x['shape']), stop
+    if end != room:
+        raise ValueError(f'its tensors end at byte {end} of {room}')
+    return state
+
+
+READERS = {'.npz': ('NumPy archive', read_npz), '.safetensors': ('safetensors file', read_safetensors),
+           '.pth': ('PyTorch state dict', read_torch)}  # and .pt, .bin, .tar, whatever else
 
 
 def fetch(weights):
     """A local path for a path or URL; a URL is downloaded once, into torch hub's folder.
 
-    Raises InputError, which says by hand what to put where, if the download fails."""
-    url = urlparse(weights)
-    if url.scheme not in ('http', 'https', 'file'):
+    Known checksums are checked: a URL may end in #md5= or #sha256= and its first digits, and names in torch's
+    own style have those of the SHA-256 in them. Raises InputError, which says by hand what to put where, if
+    what comes is not all of the file."""
+    if urlparse(weights).scheme not in ('http', 'https', 'file'):
         return Path(weights)
+    url, _, checksum = weights.partition('#')
     # pytorch_model.bin is the name of many files, so the cached file's name has the URL's whole path
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / unquote(url.path).strip('/').replace('/', '_')
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(weights, str(path))
-        except Exception as error:  # no network, moved, refused, disk full
-            raise InputError(f'could not download {weights} ({error}). Put that file at {path} by hand, or '
-                             'give the path of a copy with --weights') from None
+    name = unquote(urlparse(url).path).strip('/').replace('/', '_')
+    path, in_name = Path(torch.hub.get_dir()) / 'checkpoints' / name, re.search(r'-([0-9a-f]{8,64})\.', name)
+    part = path.with_name(f'{name}.{os.getpid()}')  # two runs may download at once
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = size_of(url)
+            log.warning(f'downloading {url} ({f"{size / 1e6:.0f} MB" if size else "size unknown"}) to {path}')
+            torch.hub.download_url_to_file(url, str(part), in_name and in_name[1])
+            check_download(part, size, checksum)
+            part.replace(path)
+    except Exception as error:  # no network, moved, refused, disk full, cut short, altered
+        part.unlink(missing_ok=True)
+        raise InputError(f'could not download {url} ({reason(error)}). Put that file at {path} by hand, or '
+                         'give the path of a copy with --weights') from None
     return path
+
+
+def size_of(url):
+    """Bytes behind a URL; None if the server does not say."""
+    try:
+        with urlopen(Request(url, method='HEAD', headers={'User-Agent': 'torch.hub'}), timeout=20) as reply:
+            return int(reply.headers['Content-Length'])
+    except Exception:  # the download will say what is wrong, if anything is
+        return None
+
+
+def check_download(path, size, checksum):
+    """Raise ValueError if a file has not that size (unless None) or checksum, as md5=DIGITS (unless '')."""
+    if size not in (None, path.stat().st_size):
+        raise ValueError(f'cut short, {path.stat().st_size} of {size} bytes')
+    algorithm, _, digits = checksum.partition('=')
+    if checksum:
+        found = hashlib.new(algorithm, path.read_bytes()).hexdigest()
+        if not digits or not found.startswith(digits):
+            raise ValueError(f'its {algorithm} is {found} and not {digits}')
