@@ -140,7 +140,7 @@ def test_an_annotation_file_that_is_cut_is_refused_by_name(tmp_path, pets):
 
 def test_an_annotation_file_without_a_picture_is_refused(tmp_path, pets):
     (oxford(tmp_path) / 'annotations' / 'trainval.txt').write_text('')
-    assert '0 images to train on' in pets()
+    assert 'trainval.txt names no image' in pets()
 
 
 @pytest.mark.parametrize('label', [0, 38, 99])
@@ -308,7 +308,7 @@ def test_ctrl_c_says_how_far_it_got(epoch, said, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(data, 'batches', interrupted)
     assert run(tmp_path / 'runs', '--method', 'ivpt', epochs=4) == 130
     err = capfd.readouterr().err
-    assert err.startswith(f'train.py: stopped after {epoch} of 4 epochs') and said in err
+    assert err.startswith(f'train.py: stopped in epoch {epoch + 1} of 4') and said in err
     assert err.count('\n') == 1
     assert (folder_of(tmp_path) / 'params.pth').exists() == (epoch > 0)
 

@@ -177,7 +177,7 @@ def test_a_file_that_is_cut_short_is_refused(part, tmp_path):
 
 
 @pytest.mark.parametrize('what', [
-    torch.zeros(3), [torch.zeros(3)], {}, {'model': {'norm.bias': torch.zeros(12)}}, {'norm.bias': 0.0},
+    torch.zeros(3), [torch.zeros(3)], {}, {'model': {'norm': {'bias': torch.zeros(12)}}}, {'norm.bias': 0.0},
     {0: torch.zeros(3)}, None], ids=['tensor', 'list', 'empty', 'nested', 'number', 'no name', 'none'])
 def test_what_is_not_names_and_tensors_is_refused(what, tmp_path):
     assert 'holds no state dict' in refusal(small(), saved(tmp_path, what))
@@ -242,8 +242,7 @@ def test_the_backbone_of_pets_comes_from_the_papers_public_file(hub, monkeypatch
     monkeypatch.setattr(torch.hub, 'download_url_to_file', refuse)
     config, = train.settings(CONFIGS, 'pets', 'ivpt')
     said = refusal(small(), config.weights)
-    repository = 'https://huggingface.co/timm/vit_base_patch16_224.orig_in21k'
-    assert f'{repository}/resolve/main/pytorch_model.bin' in said
+    assert 'https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz' in said
     assert str(hub) in said and (config.mean, config.std) == ([0.5] * 3, [0.5] * 3)
 
 
