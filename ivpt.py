@@ -107,7 +107,7 @@ class IVPT(nn.Module):
       identity mapping)".
     - P_re starts at 0: AR begins as a no-op and still receives a gradient.
     - w̃ in Eq. 14 is one number an image token, attention has N_h heads: their mean. The softmax is the
-      layer's own, prompts included; leaving them out would not change the order.
+      layer's own, prompts included, as they are in the sequence.
     - AR acts between layers, so L-1 times: "subsequently input into the next transformer layer", and only
       so are Table 8's 0.18M for AR met (tests/test_4_accounting.py).
 
@@ -158,12 +158,13 @@ class IVPT(nn.Module):
         places. Nobody reads the image tokens that the last layer puts out either: there the class token
         asks, and all others are context. The tests hold both against the literal concatenation.
         """
-        P_hat = self.prompts()  # [L, N, D]
+        P_hat = self.prompts().unbind()  # L of [N, D]
         tokens = self.vit.embed(images)  # [z_cls, Z], [B, 1 + M, D]
         for l, layer in enumerate(self.vit.blocks[:-1]):
             tokens, w = layer(tokens, P_hat[l])  # Eq. 3, w [B, 1 + M + N]
             if self.P_re is not None:
                 Omega = top_k(w[:, 1:1 + self.M], self.k)  # Eq. 14, among the image tokens
                 tokens = reinforce(tokens, 1 + Omega, self.P_re[l])  # Eq. 15, z_cls stands at 0
-        z_cls, _ = self.vit.blocks[-1](tokens[:, :1], tokens[:, 1:], P_hat[-1])  # Eq. 3
-        return self.head(self.vit.norm(z_cls[:, 0]))
+        z_cls, Z = tokens.split([1, self.M], dim=1)
+        z_cls, _ = self.vit.blocks[-1](z_cls, Z, P_hat[-1])  # Eq. 3
+        return self.head(self.vit.norm(z_cls.squeeze(1)))

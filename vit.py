@@ -63,9 +63,8 @@ class Attention(nn.Module):
 
     def split(self, x):
         """Cut j projections that lie side by side into heads: [..., T, j D] -> j of [..., N_h, T, d]."""
-        D = self.proj.in_features
-        x = x.unflatten(-1, (-1, self.N_h, D // self.N_h))  # [..., T, j, N_h, d]
-        return x.movedim(-3, 0).transpose(-2, -3).unbind(0)
+        x = x.unflatten(-1, (-1, self.N_h, self.proj.in_features // self.N_h))  # [..., T, j, N_h, d]
+        return [part.transpose(-2, -3) for part in x.unbind(-3)]
 
     def forward(self, tokens, *context):
         """Let tokens [B, T, D] attend to themselves and to every context, [B, n, D] or [n, D].
