@@ -68,6 +68,8 @@ def read_image(path, size):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image).convert('RGB')
+        if max(image.size) > 100 * min(image.size):
+            raise ValueError(f'{image.width} x {image.height} pixels are a line and no picture')
     except Exception as error:  # Pillow raises what its many decoders raise
         raise InputError(f'{path}: not an image that can be decoded ({error}); replace the file') from None
     return pil_to_tensor(resize(image, size))

@@ -168,3 +168,25 @@ class IVPT(nn.Module):
         z_cls, Z = tokens.split([1, self.M], dim=1)
         z_cls, _ = self.vit.blocks[-1](z_cls, Z, P_hat[-1])  # Eq. 3
         return self.head(self.vit.norm(z_cls.squeeze(1)))
+
+
+@torch.no_grad()
+def look(model, images):
+    """What an IVPT, or a plain ViT, does with images [B, 3, H, W]. Made by hooks: `forward` is as it is.
+
+    A dict: `logits` [B, C]; `w` [B, L, M], the class token's attention over the image tokens in each layer
+    (w̃ of Eq. 14); `Omega` [B, L-1, k], the reinforced tokens, or None without AR; `P_hat` [L, N, D], the
+    prompts that enter the layers, or None without prompts."""
+    vit, rows = getattr(model, 'vit', model), []
+    hooks = [layer.register_forward_hook(lambda layer, inputs, outputs: rows.append(outputs[1]))
+             for layer in vit.blocks]
+    try:
+        logits = model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    w = torch.stack([row[:, 1:1 + vit.M] for row in rows], dim=1)
+    reinforced = getattr(model, 'P_re', None) is not None
+    return {'logits': logits, 'w': w,
+            'Omega': w[:, :-1].topk(model.k).indices if reinforced else None,
+            'P_hat': model.prompts() if vit is not model else None}

@@ -3,6 +3,8 @@
     python train.py                      tune a nano ViT on pictures of shapes; needs no download
     python train.py --task pets          the paper's Pets experiment
     python train.py --task pets --method vpt --set lr=0.5 epochs=20
+    python train.py --show --method vpt,ivpt        draw where their class tokens look
+    python train.py --task pets --image cat.jpg     what a trained run takes a photo for
 
 All settings are in configs.yaml. Results go to runs/TASK/METHOD/seedS/: config.yaml, log.jsonl (a line an
 epoch), params.pth (what was trained, without the backbone) and result.json.
@@ -22,6 +24,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import yaml
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
+from torchvision.utils import draw_bounding_boxes, make_grid
 
 import data
 import ivpt
@@ -50,13 +55,14 @@ def train(model, pictures, config, device):
                 group['lr'] = lr
             with autocast(device, config):
                 loss = F.cross_entropy(model(images), labels)
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f'the loss is {loss.item()} in epoch {epoch + 1}, step {step + 1}')
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(f'the loss is {value} in epoch {epoch + 1}, step {step + 1}')
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.item() * len(labels)
-            live(f'epoch {epoch + 1}, step {step + 1}/{steps}, loss {loss.item():.4f}')
+            total += value * len(labels)
+            live(f'epoch {epoch + 1}, step {step + 1}/{steps}, loss {value:.4f}')
         if not all(p.isfinite().all() for p in parameters):
             raise FloatingPointError(f'a parameter is not finite after epoch {epoch + 1}')
         seconds = time.perf_counter() - start
@@ -112,6 +118,11 @@ def make_model(config, classes):
     return model
 
 
+def find_device():
+    """A GPU where there is one."""
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+
 def trained(model):
     """What the method tunes, by name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -119,7 +130,7 @@ def trained(model):
 
 def run(config):
     """Train and test one method on one task with one seed; write the run's folder; return the result."""
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = find_device()
     task = data.load(config)
     model = make_model(config, len(task.classes)).to(device)
     learn, score = (task.train + task.val, task.test) if config.score_on == 'test' else (task.train, task.val)
@@ -127,7 +138,7 @@ def run(config):
         raise InputError(f'{len(learn)} images to train on and {len(score)} of {config.score_on} to score: look at '
                          'n_train and n_val, and at the lists of the data set')
     header(config, task, model, device)
-    folder = Path(config.runs) / config.task / config.method / f'seed{config.seed}'
+    folder = folder_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ('params.pth', 'result.json'):  # of an earlier run
         (folder / name).unlink(missing_ok=True)
@@ -144,7 +155,7 @@ def run(config):
                 left = (time.perf_counter() - start) / done * (config.epochs - done)
                 say('epoch {epoch:3d}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  {images_per_second:.0f} images/s  '
                     '{left} left'.format(**record, epochs=config.epochs, left=clock(left)))
-        return finish(model, score, config, device, folder, record['loss'], time.perf_counter() - start)
+        return finish(model, score, task.classes, config, folder, record['loss'], time.perf_counter() - start)
     except FloatingPointError as error:
         raise InputError(f'{error}. {kept(folder, done)}. Lower the learning rate: --set lr={config.lr / 4:g}') from None
     except KeyboardInterrupt:
@@ -152,13 +163,19 @@ def run(config):
         raise KeyboardInterrupt(f'stopped {where}. {kept(folder, done)}') from None
 
 
-def finish(model, score, config, device, folder, loss, seconds):
+def folder_of(config):
+    """Where a run writes."""
+    return Path(config.runs) / config.task / config.method / f'seed{config.seed}'
+
+
+def finish(model, score, classes, config, folder, loss, seconds):
     """Score the model as the last epoch left it; print, write and return the result."""
+    device = model.head.weight.device
     result = {'task': config.task, 'method': config.method, 'seed': config.seed, 'score_on': config.score_on,
               'accuracy': accuracy(model, score, config, device), 'images': len(score),
               'trained_parameters': sum(p.numel() for p in trained(model).values()), 'final_loss': loss,
               'seconds': seconds, 'device': str(device), 'torch': torch.__version__,
-              'torchvision': torchvision.__version__}
+              'torchvision': torchvision.__version__, 'classes': classes}
     (folder / 'result.json').write_text(json.dumps(result, indent=1) + '\n')
     paper = config.paper_accuracy.get(config.method)
     say(f'{config.score_on} accuracy after the last epoch: {100 * result["accuracy"]:.2f}% of {len(score)} images'
@@ -209,6 +226,86 @@ def live(line):
 def say(line):
     """Print a line, over a live one if there is one."""
     print(f'\r{line:<79}' if sys.stdout.isatty() else line, flush=True)
+
+
+# ---- Looking at a run (Figure 7) -----------------------------------------------------------------------
+
+TILE = 112  # pixels of a picture and of a map
+
+
+def show(folders, files, path, device):
+    """Draw where the class token looks in each layer, a row an image and run, and write it to path as PNG.
+
+    folders: of finished runs. files: images of the user's, whose likely classes are printed; without any,
+    four test images of the task."""
+    rows = []
+    for folder in folders:
+        config, classes, model = open_run(Path(folder), device)
+        pictures = [(data.read_image(file, data.resized(config)), -1) for file in files]
+        if not files:
+            test = data.load(config).test
+            pictures = [test[i] for i in range(min(4, len(test)))]
+        for i, (image, label) in enumerate(pictures):
+            image = next(data.batches([(image, label)], config, device))[0]
+            seen = ivpt.look(model, image)
+            p, best = seen['logits'][0].float().softmax(dim=0).topk(min(5, len(classes)))
+            truth = f', in truth {classes[label]}' if label >= 0 else ''
+            row = tiles(image, seen, config)
+            rows.append((i, caption([f'{config.method}: {classes[best[0]]}{truth}'], row), row))
+            if files:
+                say(f'{files[i]}, by {folder}: ' + ', '.join(f'{classes[c]} {100 * x:.1f}%' for x, c in zip(p, best)))
+    rows.sort(key=lambda row: row[0])  # the runs of an image stand together
+    head = caption(['image'] + [f'layer {l}' for l in range(len(seen['w'][0]))], row)
+    strips = [head] + [strip for _, *row in rows for strip in row]
+    to_pil_image(torch.cat(strips, dim=1)).save(path)
+    say(f"the class token's attention in each layer, and outlined what AR reinforces after it: {path}")
+
+
+def open_run(folder, device):
+    """The settings, the names of the classes and the model of a finished run."""
+    try:
+        config = SimpleNamespace(**yaml.safe_load((folder / 'config.yaml').read_text()))
+        classes = json.loads((folder / 'result.json').read_text())['classes']
+        parameters = vit.read_state_dict(folder / 'params.pth')
+        model = make_model(config, len(classes)).to(device).eval()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(f'{folder}: no finished run of this version ({error}); train it first') from None
+    if {name: p.shape for name, p in parameters.items()} != {name: p.shape for name, p in trained(model).items()}:
+        raise InputError(f'{folder}/params.pth is not of the model in config.yaml beside it; train it again')
+    model.load_state_dict(parameters, strict=False)
+    return config, classes, model
+
+
+def tiles(image, seen, config):
+    """An image [1, 3, H, W] as the model gets it and a map for each layer, side by side: uint8 [3, TILE, W]."""
+    mean, std = (torch.tensor(x, device=image.device).view(3, 1, 1) for x in (config.mean, config.std))
+    picture = ((image[0] * std + mean) * 255).round().clip(0, 255).to('cpu', torch.uint8)
+    row = [resize(picture, [TILE, TILE])]
+    for l, w in enumerate(seen['w'][0].float().cpu()):
+        reinforced = [] if seen['Omega'] is None or l == len(seen['Omega'][0]) else seen['Omega'][0, l].tolist()
+        row.append(heat_map(row[0], w, reinforced))
+    return make_grid(torch.stack(row), nrow=len(row), padding=2, pad_value=255)
+
+
+def heat_map(picture, w, reinforced=()):
+    """Attention w [M], relative to its largest, as heat over a picture, uint8 [3, TILE, TILE], from black over
+    red and yellow to white; the patches whose numbers are in `reinforced` are outlined."""
+    side = round(len(w) ** 0.5)
+    w = resize((w / w.max()).view(1, side, side), [TILE, TILE], InterpolationMode.NEAREST)
+    heat = torch.cat([(3 * w - i).clip(0, 1) for i in range(3)])  # [3, TILE, TILE]
+    drawn = (0.4 * picture + 0.6 * 255 * heat).to(torch.uint8)
+    patch = TILE / side
+    boxes = torch.tensor([[i % side * patch, i // side * patch, (i % side + 1) * patch - 1, (i // side + 1) * patch - 1]
+                          for i in reinforced])
+    return draw_bounding_boxes(drawn, boxes, colors='cyan', width=2) if len(boxes) else drawn
+
+
+def caption(words, row):
+    """A white strip as wide as a row, with words at the left of the first tiles: uint8 [3, 18, W]."""
+    strip = Image.new('RGB', (row.shape[2], 18), 'white')
+    for i, text in enumerate(words):
+        ImageDraw.Draw(strip).text((4 + i * (TILE + 2), 1), text, fill='black', font=ImageFont.load_default(14))
+    return pil_to_tensor(strip)
 
 
 # ---- Settings -------------------------------------------------------------------------------------------
@@ -312,6 +409,10 @@ def arguments(argv):
     parser.add_argument('--data', help='folder of the data sets')
     parser.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', action='extend',
                         help='any setting of configs.yaml')
+    parser.add_argument('--show', action='store_true', help='draw the attention of finished runs (Figure 7)')
+    parser.add_argument('--run', metavar='DIR', help='with --show or --image: the folder of the run')
+    parser.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend',
+                        help='classify these images by a finished run, and draw its attention')
     args = parser.parse_args(argv)
     changes = {}
     for change in args.set:
@@ -333,6 +434,11 @@ def main(argv=None):
         seeds = [{}] if args.seed is None else [{'seed': read_yaml(s, '--seed')} for s in args.seed.split(',')]
         runs = [config for task, seed in product(tasks, seeds)
                 for config in settings(configs, task, args.method, args.model, changes | seed)]
+        if args.show or args.image:
+            folders = [Path(args.run)] if args.run else [folder_of(config) for config in runs]
+            show(folders, args.image, (folders[0] if len(folders) == 1 else folders[0].parents[1]) / 'attention.png',
+                 find_device())
+            return 0
         results = [run(config) for config in runs]
         for result in results if len(results) > 1 else []:
             say(f'{result["task"]:16} {result["method"]:12} seed {result["seed"]}  {100 * result["accuracy"]:6.2f}%  '

@@ -2,6 +2,7 @@
 
     python tests/bench.py                          ViT-B/16 at 224 pixels, batch 8, float32, on the CPU
     python tests/bench.py --device cuda --dtype bfloat16 --batch 64 --prompts 10,50,200 --json FILE
+    python tests/bench.py --loop where_blue        images/s of train.py's loop beside the model's alone
 
 All variants run in one process, in turn, round after round; the ratio to the plain ViT is taken within each
 round, and the median over rounds is printed. The plain ViT is run as timm runs it, every token through every
@@ -25,6 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import data
+import train
 import vit
 from ivpt import IVPT, reinforce, top_k
 
@@ -148,15 +151,47 @@ def peak_memory(variant, args):
 
 
 def multiply_adds(variant, args):
-    """Multiply-adds of one image's forward pass, by torch's counter: in all, and in linear maps alone."""
+    """Multiply-adds of the forward pass, by torch's counter, an image's share of a batch (a batch shares the
+    keys and values of its prompts): in all, and in linear maps alone."""
     with torch.device('meta'):
         model = build(variant, argparse.Namespace(**vars(args) | {'device': 'meta'})).requires_grad_(False)
         size = vit.parse_name(args.model)[2]
         with FlopCounterMode(display=False) as counter:
-            model(torch.randn(1, 3, size, size))
+            model(torch.empty(args.batch, 3, size, size))
     counts = counter.get_flop_counts()['Global']
     linear = sum(n for op, n in counts.items() if any(word in str(op) for word in ('addmm', 'convolution', '.mm')))
-    return counter.get_total_flops() / 2, linear / 2
+    return counter.get_total_flops() / 2 / args.batch, linear / 2 / args.batch
+
+
+def loop(task, changes, rounds):
+    """Images/s of train.py's loop on a task, and of the same steps on one batch of random tensors, in turn."""
+    config, = train.settings(train.read_yaml((train.HERE / 'configs.yaml').read_text(), 'configs.yaml'), task,
+                             'ivpt', changes.pop('model', None), changes | {'epochs': rounds + 1, 'lr': 1e-9})
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    pictures = data.load(config)
+    model = train.make_model(config, len(pictures.classes)).to(device)
+    learn = data.in_memory(pictures.train + pictures.val, config)
+    images, labels = (x.clone() for x in next(data.batches(learn, config, device, epoch=0)))
+    images.normal_()
+    optimizer = train.make_optimizer([p for p in model.parameters() if p.requires_grad], config)
+
+    def alone():
+        for _ in range(round(len(learn) / len(labels))):
+            with train.autocast(device, config):
+                loss = F.cross_entropy(model(images), labels)
+            loss.item()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    rates = []
+    for record in train.train(model, learn, config, device):
+        steps = round(len(learn) / len(labels))
+        rates.append((record['images_per_second'], steps * len(labels) / seconds(alone, device=device.type)))
+    in_loop, by_itself = (statistics.median(rate) for rate in zip(*rates[1:]))
+    share = statistics.median(a / b for a, b in rates[1:])
+    print(f'{task}, {config.model}, batch {config.batch}, {device}: {in_loop:.1f} images/s in the loop, {by_itself:.1f} for '
+          f'the model alone on random tensors; {100 * share:.1f}%, median over {rounds} epochs')
 
 
 def main():
@@ -170,6 +205,8 @@ def main():
     parser.add_argument('--classes', type=int, default=100)
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--json', type=Path)
+    parser.add_argument('--loop', metavar='TASK')
+    parser.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help='settings of --loop')
     parser.add_argument('--only', help=argparse.SUPPRESS)  # a fresh process that measures its own memory
     args = parser.parse_args()
     if args.only:
@@ -177,6 +214,10 @@ def main():
         for _ in range(3):
             step(model, *data, args)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    if args.loop:
+        changes = dict(change.split('=', 1) for change in args.set)
+        loop(args.loop, {name: train.read_yaml(value, name) for name, value in changes.items()}, args.rounds)
         return
 
     Ns = args.prompts.split(',')

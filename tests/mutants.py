@@ -108,7 +108,7 @@ MUTANTS = [
     ('SGD without weight decay', 'train.py', 'momentum, weight_decay=config.weight_decay', 'momentum', LOOP),
     ('the learning rate does not follow the schedule', 'train.py', "group['lr'] = lr\n", "group['lr'] = config.lr\n", LOOP),
     ('labels are smoothed', 'train.py', 'F.cross_entropy(model(images), labels)', 'F.cross_entropy(model(images), labels, label_smoothing=0.1)', LOOP),
-    ('a loss that is not a number goes on', 'train.py', 'if not math.isfinite(loss.item())', 'if False', INPUT),
+    ('a loss that is not a number goes on', 'train.py', 'if not math.isfinite(value)', 'if False', INPUT),
     ('the seed is ignored', 'train.py', 'torch.manual_seed(config.seed)', 'torch.manual_seed(0)', LOOP),
     ('linear probing trains the whole backbone', 'train.py', 'model.requires_grad_(False).head', 'model.head', LOOP),
     ('the backbone is saved with the prompts', 'train.py', 'model.named_parameters() if p.requires_grad}', 'model.named_parameters()}', LOOP),

@@ -1,0 +1,185 @@
+"""Appendix A, Figure 7: where the class token looks, and what AR reinforces."""
+
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import close, ivpt as literal, watch
+from PIL import Image
+from strategies import METHODS, cases, random_model, random_vit
+
+import train
+from ivpt import look
+
+TINY = ['--set', 'n_train=40', 'n_val=10', 'n_test=6', 'epochs=1']
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """A folder with two finished runs of the default task."""
+    folder = tmp_path_factory.mktemp('runs')
+    assert train.main(['--method', 'vpt,ivpt', *TINY, f'runs={folder}']) == 0
+    return folder
+
+
+# ---- look -----------------------------------------------------------------------------------------------
+
+
+@given(cases(L=(2, 4)), st.sampled_from(sorted(METHODS)))
+def test_what_is_seen_is_what_the_literal_form_computes(case, method):
+    """Eq. 14. w̃ of each layer; with AR, the tokens that were reinforced."""
+    model, images = random_model(case, **METHODS[method]), case.images()
+    seen, expected = look(model, images), literal(model, images)
+    close(seen['logits'], expected.logits.detach())
+    close(seen['w'], torch.stack(expected.w, dim=1).detach())
+    assert (seen['Omega'] is not None) == METHODS[method]['reinforcement'].startswith('topk')
+    if seen['Omega'] is not None:
+        assert seen['Omega'].tolist() == [list(image) for image in zip(*expected.Omega)]
+
+
+@given(cases(L=(1, 3)))
+def test_the_prompts_that_are_seen_are_those_that_enter_the_layers(case):
+    """Eq. 5."""
+    model = random_model(case, **METHODS['ivpt'])
+    entered, _ = watch(model, case.images())
+    close(look(model, case.images())['P_hat'], torch.stack([P for _, P in entered]).detach())
+
+
+@given(cases(L=(1, 3)))
+def test_a_vit_without_prompts_can_be_looked_at_too(case):
+    """The weights of the class token sum to 1 with its weight on itself."""
+    model = random_vit(case, num_classes=2)
+    seen = look(model, case.images())
+    assert seen['w'].shape == (case.B, case.L, case.M) and seen['Omega'] is seen['P_hat'] is None
+    assert (seen['w'].sum(dim=2) < 1).all()
+
+
+@given(cases())
+def test_looking_leaves_nothing_behind(case):
+    """No hook stays, even if the model fails."""
+    model = random_model(case, **METHODS['ivpt'])
+    before = model(case.images())
+    look(model, case.images())
+    with pytest.raises(ValueError):
+        look(model, case.images()[:, :, 1:])
+    assert not any(block._forward_hooks for block in model.vit.blocks)
+    assert torch.equal(model(case.images()), before)
+
+
+# ---- The picture ----------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from([1, 2, 6, 7, 14]), st.data())
+def test_attention_lands_on_the_pixels_of_its_patch(side, draw):
+    """All attention on one patch: that patch is white-hot, every other pixel is the darkened picture."""
+    patch = draw.draw(st.integers(0, side * side - 1))
+    w = torch.zeros(side * side)
+    w[patch] = 0.3
+    drawn = train.heat_map(torch.full((3, train.TILE, train.TILE), 100, dtype=torch.uint8), w)
+    hot = (drawn == 40 + 153).all(dim=0)
+    row, column = patch // side, patch % side
+    expected = torch.zeros(side, side).index_put((torch.tensor(row), torch.tensor(column)), torch.tensor(1.0))
+    pixel = (torch.arange(train.TILE) * side).div(train.TILE, rounding_mode='floor')
+    assert torch.equal(hot, expected[pixel][:, pixel].bool())
+    assert (drawn[:, ~hot] == 40).all()
+
+
+def test_more_attention_is_never_darker():
+    w = torch.linspace(0, 1, 16)
+    drawn = train.heat_map(torch.zeros(3, train.TILE, train.TILE, dtype=torch.uint8), w)
+    centres = torch.arange(4) * train.TILE // 4 + train.TILE // 8
+    brightness = drawn.sum(dim=0)[centres][:, centres].flatten()
+    assert (brightness.diff() > 0).all()
+
+
+@pytest.mark.parametrize('patch', [0, 5, 35])
+def test_reinforced_patches_are_outlined_and_no_other(patch):
+    plain = torch.zeros(3, train.TILE, train.TILE, dtype=torch.uint8)
+    changed = (train.heat_map(plain, torch.ones(36), [patch]) != train.heat_map(plain, torch.ones(36))).any(dim=0)
+    y, x = changed.nonzero(as_tuple=True)
+    side = train.TILE / 6
+    for pixels, place in ((y, patch // 6), (x, patch % 6)):
+        assert abs(pixels.min() - place * side) <= 2 and abs(pixels.max() - (place + 1) * side) <= 2
+    assert not changed[y.min() + 4:y.max() - 3, x.min() + 4:x.max() - 3].any()  # an outline and no area
+
+
+def test_runs_are_stacked_in_one_picture_that_opens(runs, capsys):
+    """Figure 7: a row an image and method, a column the image and each of the 6 layers."""
+    assert train.main(['--show', '--method', 'vpt,ivpt', '--set', f'runs={runs}']) == 0
+    path = runs / 'where_blue' / 'attention.png'
+    assert str(path) in capsys.readouterr().out
+    width, height = Image.open(path).size
+    assert (width, height) == (7 * (train.TILE + 2) + 2, 18 + 4 * 2 * (18 + train.TILE + 4))
+
+
+def test_one_run_is_shown_in_its_own_folder(runs):
+    folder = runs / 'where_blue' / 'vpt' / 'seed0'
+    assert train.main(['--show', '--run', str(folder)]) == 0
+    assert Image.open(folder / 'attention.png').size[1] == 18 + 4 * (18 + train.TILE + 4)
+
+
+# ---- The user's own images ------------------------------------------------------------------------------
+
+
+def picture(mode, size):
+    return Image.new(mode, size, 128 if mode in ('L', 'I;16') else None)
+
+
+@pytest.mark.parametrize('mode, size', [('RGB', (48, 48)), ('RGB', (200, 31)), ('L', (30, 60)), ('RGBA', (64, 64)),
+                                        ('RGB', (1, 1)), ('P', (20, 20)), ('1', (9, 9)), ('LA', (50, 40))])
+def test_images_of_any_size_and_mode_are_classified(mode, size, runs, tmp_path, capsys):
+    picture(mode, size).save(tmp_path / 'a photo.png')
+    assert train.main(['--image', str(tmp_path / 'a photo.png'), '--method', 'ivpt', '--set', f'runs={runs}']) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if 'a photo.png, by' in line)
+    shares = [float(part.split()[-1].rstrip('%')) for part in line.split(': ', 1)[1].split(', ')]
+    assert len(shares) == 5 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.3
+
+
+def test_a_photo_is_turned_upright(tmp_path):
+    """EXIF orientation 6: the camera was held on its side."""
+    image = Image.new('RGB', (8, 4), 'black')
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / 'turned.png', exif=exif)
+    upright = train.data.read_image(tmp_path / 'turned.png', (8, 4))
+    assert upright.shape == (3, 8, 4) and upright[0, 0, 3] > 200 and upright.float().mean() < 20
+
+
+def refusal(capsys, *argv):
+    status = train.main(list(argv))
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith('train.py')]
+    assert status == 2 and len(err) == 1
+    return err[0]
+
+
+@pytest.mark.parametrize('content', [b'', b'not a picture', b'\x89PNG\r\n\x1a\n cut'])
+def test_a_broken_image_is_one_line_with_its_name(content, runs, tmp_path, capsys):
+    (tmp_path / 'broken.png').write_bytes(content)
+    assert 'broken.png' in refusal(capsys, '--image', str(tmp_path / 'broken.png'), '--run',
+                                   str(runs / 'where_blue' / 'vpt' / 'seed0'))
+
+
+def test_an_image_that_is_a_line_or_a_folder_or_missing_is_one_line_with_its_name(runs, tmp_path, capsys):
+    picture('RGB', (3000, 2)).save(tmp_path / 'line.png')
+    for name in 'line.png', '.', 'missing.png':
+        assert str(tmp_path / name) in refusal(capsys, '--image', str(tmp_path / name), '--run',
+                                               str(runs / 'where_blue' / 'vpt' / 'seed0'))
+
+
+def test_a_run_that_is_not_there_or_not_whole_is_one_line_with_its_folder(runs, tmp_path, capsys):
+    assert str(tmp_path) in refusal(capsys, '--show', '--run', str(tmp_path))
+    whole = runs / 'where_blue' / 'ivpt' / 'seed0'
+    for name in 'config.yaml', 'params.pth', 'result.json':
+        shutil.copytree(whole, tmp_path / name)
+        (tmp_path / name / name).write_bytes((tmp_path / name / name).read_bytes()[:30])
+        assert str(tmp_path / name) in refusal(capsys, '--show', '--run', str(tmp_path / name))
+
+
+def test_parameters_of_another_method_are_refused(runs, tmp_path, capsys):
+    shutil.copytree(runs / 'where_blue' / 'ivpt' / 'seed0', tmp_path / 'run')
+    other = runs / 'where_blue' / 'vpt' / 'seed0' / 'params.pth'
+    (tmp_path / 'run' / 'params.pth').write_bytes(other.read_bytes())
+    assert 'params.pth is not of the model' in refusal(capsys, '--show', '--run', str(tmp_path / 'run'))
