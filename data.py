@@ -85,8 +85,8 @@ def resized(config):
 
 def in_memory(pictures, config):
     """Decode all pictures once, if they fit into `cache_gb` as uint8; else leave them in their files."""
-    side = max(resized(config)) if config.augment == 'none' else resized(config) * 1.4  # 4:3, on average
-    if isinstance(pictures, list) or len(pictures) * 3 * side ** 2 > config.cache_gb * 1e9:
+    pixels = config.img_size ** 2 if config.augment == 'none' else 4 / 3 * resized(config) ** 2  # most are 4:3
+    if isinstance(pictures, list) or len(pictures) * 3 * pixels > config.cache_gb * 1e9:
         return pictures
     loader = DataLoader(pictures, batch_size=None, num_workers=config.workers)
     return [(image.clone(), label) for image, label in loader]  # clone: out of the workers' shared memory

@@ -101,6 +101,8 @@ class IVPT(nn.Module):
         P_re   [L-1, k, D]    reinforcing prompts; only with reinforcement
         head   D -> C         linear, with bias
 
+    What happens inside, layer by layer, is told by `look`.
+
     Where the paper is silent, this is what was chosen:
     - P starts uniform with bound sqrt(6 / (3 p² + D)), p the patch size, as in VPT's code.
     - γ starts as the identity, so that iVPT starts as CDC: before Eq. 8 the paper says "(i.e. ψ is an

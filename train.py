@@ -254,6 +254,8 @@ def show(folders, files, path, device):
             rows.append((i, caption([f'{config.method}: {classes[best[0]]}{truth}'], row), row))
             if files:
                 say(f'{files[i]}, by {folder}: ' + ', '.join(f'{classes[c]} {100 * x:.1f}%' for x, c in zip(p, best)))
+    if len({row.shape for *_, row in rows}) > 1:
+        raise InputError('runs of models with different numbers of layers do not fit one picture: --show them apart')
     rows.sort(key=lambda row: row[0])  # the runs of an image stand together
     head = caption(['image'] + [f'layer {l}' for l in range(len(seen['w'][0]))], row)
     strips = [head] + [strip for _, *row in rows for strip in row]

@@ -120,6 +120,17 @@ def test_one_run_is_shown_in_its_own_folder(runs):
     assert Image.open(folder / 'attention.png').size[1] == 18 + 4 * (18 + train.TILE + 4)
 
 
+def test_linear_probing_can_be_shown_and_runs_of_other_depths_not_beside_it(runs, capsys):
+    other = ['--model', 'vit_tiny_patch16_48', '--set', "weights=''", f'runs={runs}']
+    assert train.main(['--method', 'linear', *TINY, f'runs={runs}']) == 0
+    assert train.main(['--show', '--method', 'linear,vpt', '--set', f'runs={runs}']) == 0
+    assert train.main(['--method', 'linear', '--seed', '7', *TINY, *other]) == 0
+    config = runs / 'where_blue' / 'linear'
+    shutil.rmtree(config / 'seed0')
+    (config / 'seed7').rename(config / 'seed0')
+    assert 'different numbers of layers' in refusal(capsys, '--show', '--method', 'linear,vpt', '--set', f'runs={runs}')
+
+
 # ---- The user's own images ------------------------------------------------------------------------------
 
 
