@@ -118,7 +118,7 @@ def oxford_pets(config, split):
     except Exception as error:  # no network, a moved file, a full disk, a cut annotation file
         urls = ' and '.join(url for url, _ in torchvision.datasets.OxfordIIITPet._RESOURCES)
         raise InputError(
-            f'Oxford-IIIT Pet is not in {Path(config.data) / "oxford-iiit-pet"} (images/ and annotations/), '
+            f'Oxford-IIIT Pet is not, or not whole, in {Path(config.data) / "oxford-iiit-pet"} (images/, annotations/), '
             f'and the download failed ({error}). Unpack {urls} there, or name their folder with --data; '
             'python train.py alone needs no download') from None
     if not len(pictures):

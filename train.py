@@ -186,7 +186,9 @@ def finish(model, score, classes, config, folder, loss, seconds):
 def save_trained(model, path, config):
     """Write what was trained, and not the backbone, as a state dict on the CPU."""
     dtype = getattr(torch, config.save_dtype)
-    torch.save({name: p.to('cpu', dtype) for name, p in trained(model).items()}, path)
+    part = path.with_suffix('.part')  # so that path is whole at every moment
+    torch.save({name: p.to('cpu', dtype) for name, p in trained(model).items()}, part)
+    part.replace(path)
 
 
 def kept(folder, done):
