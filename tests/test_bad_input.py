@@ -276,7 +276,7 @@ def test_what_is_reported_and_kept_is_finite(epochs, tmp_path, capfd):
     far = dict(lr=1e6, weight_decay=1e6, epochs=epochs, batch=64, img_size=16)  # one step an epoch
     status = run(tmp_path, '--method', 'linear', **far)
     for file in tmp_path.rglob('params.pth'):
-        assert all(x.isfinite().all() for x in torch.load(file).values())
+        assert all(x.isfinite().all() for x in torch.load(file, weights_only=True).values())
     assert (status == 2) == (not list(tmp_path.rglob('result.json')))
     capfd.readouterr()
 
@@ -287,7 +287,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_the_last_good_epoch_is_ke
     err = refusal('--method', 'ivpt', epochs=5)
     assert 'the loss is nan in epoch 3, step 2' in err and len(calls) == 10
     assert f'up to epoch 2 is kept in {folder_of(tmp_path)}' in err
-    assert all(x.isfinite().all() for x in torch.load(folder_of(tmp_path) / 'params.pth').values())
+    assert all(x.isfinite().all() for x in torch.load(folder_of(tmp_path) / 'params.pth', weights_only=True).values())
     assert len((folder_of(tmp_path) / 'log.jsonl').read_text().splitlines()) == 2
     assert not (folder_of(tmp_path) / 'result.json').exists()
 

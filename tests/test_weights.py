@@ -240,6 +240,7 @@ def test_the_backbone_of_pets_comes_from_the_papers_public_file(hub, monkeypatch
     def refuse(url, path, *args, **kwargs):
         raise OSError('no network in tests')
     monkeypatch.setattr(torch.hub, 'download_url_to_file', refuse)
+    monkeypatch.setattr(vit, 'urlopen', refuse)  # which asks for the size
     config, = train.settings(CONFIGS, 'pets', 'ivpt')
     said = refusal(small(), config.weights)
     assert 'https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz' in said
