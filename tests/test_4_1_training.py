@@ -213,7 +213,7 @@ def test_where_training_starts_depends_on_the_seed_and_on_nothing_else():
 def test_one_seed_gives_the_same_bits_twice_and_another_seed_others(method, tmp_path):
     def params(name, seed):
         train.run(tiny(method=method, runs=str(tmp_path / name), seed=seed, img_size=24))
-        return torch.load(tmp_path / name / 'where_blue' / method / f'seed{seed}' / 'params.pth')
+        return torch.load(tmp_path / name / 'where_blue' / method / f'seed{seed}' / 'params.pth', weights_only=True)
     first, again, other = params('first', 0), params('again', 0), params('other', 1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in ('head.weight', *first.keys() & {'P'}))
@@ -305,7 +305,7 @@ def test_what_fine_tuning_saves_is_a_backbone_for_the_next_task(tmp_path):
     """`full` from random weights is pre-training: its file goes back in as weights, at half the size."""
     train.run(tiny(method='full', runs=str(tmp_path), save_dtype='float16'))
     file = folder_of(tmp_path, 'full') / 'params.pth'
-    assert {x.dtype for x in torch.load(file).values()} == {torch.float16}
+    assert {x.dtype for x in torch.load(file, weights_only=True).values()} == {torch.float16}
     backbone = vit.build('vit_nano_patch8_48', file)
     model = train.make_model(tiny(weights=str(file)), 9)
     assert all(torch.equal(x, backbone.state_dict()[name]) for name, x in model.vit.state_dict().items())
@@ -323,7 +323,7 @@ def test_a_run_leaves_its_settings_a_line_an_epoch_the_parameters_and_the_result
     assert all({'loss', 'lr', 'images_per_second'} <= set(line) for line in log)
     assert json.loads((folder / 'result.json').read_text()) == result
     assert result['final_loss'] == log[-1]['loss'] and result['score_on'] == 'test' and result['seed'] == 5
-    assert result['trained_parameters'] == sum(x.numel() for x in torch.load(folder / 'params.pth').values())
+    assert result['trained_parameters'] == sum(x.numel() for x in torch.load(folder / 'params.pth', weights_only=True).values())
 
 
 def test_nothing_of_an_older_run_stays_beside_a_new_one(tmp_path, monkeypatch):
