@@ -13,7 +13,6 @@ tokens of the sequence, with queries and an MLP of their own, and their outputs 
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -213,7 +212,8 @@ def main():
         model, data = build(args.only, args), batch(args)
         for _ in range(3):
             step(model, *data, args)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        status = Path('/proc/self/status').read_text()  # Linux; getrusage would count the parent's peak as well
+        print(int(status.split('VmHWM:')[1].split()[0]) * 1024)
         return
     if args.loop:
         changes = dict(change.split('=', 1) for change in args.set)
