@@ -69,8 +69,8 @@ def reweight_cdc_da(q, W_K, p, p_previous, gamma):
 
 
 def top_k(w, k):
-    """Eq. 14. Ω: the positions of the k largest weights of each image, largest first: [B, M] -> [B, k]."""
-    return w.topk(k, dim=1).indices
+    """Eq. 14. Ω: the positions of the k largest weights of each image, largest first: [..., M] -> [..., k]."""
+    return w.topk(k, dim=-1).indices
 
 
 def reinforce(Z, Omega, P_re):
@@ -190,5 +190,5 @@ def look(model, images):
     w = torch.stack([row[:, 1:1 + vit.M] for row in rows], dim=1)
     reinforced = getattr(model, 'P_re', None) is not None
     return {'logits': logits, 'w': w,
-            'Omega': w[:, :-1].topk(model.k).indices if reinforced else None,
+            'Omega': top_k(w[:, :-1], model.k) if reinforced else None,
             'P_hat': model.prompts() if vit is not model else None}
