@@ -6,17 +6,22 @@
     python train.py --show --method vpt,ivpt        draw where their class tokens look
     python train.py --task pets --image cat.jpg     what a trained run takes a photo for
 
-All settings are in configs.yaml. Results go to runs/TASK/METHOD/seedS/: config.yaml, log.jsonl (a line an
-epoch), params.pth (what was trained, without the backbone) and result.json.
+All settings are in configs.yaml. Results go to runs/TASK/METHOD/seedS/: log.jsonl (a line an epoch), params.pth
+(what was trained, without the backbone), result.json (with the settings), and the last two epochs' checkpoints.
+The same command again goes on where a run was interrupted, and does not repeat what is finished.
 """
 
 import argparse
 import difflib
+import hashlib
+import io
 import json
 import math
+import os
+import signal
 import sys
 import time
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,15 +43,15 @@ HERE = Path(__file__).resolve().parent
 # ---- The loop -------------------------------------------------------------------------------------------
 
 
-def train(model, pictures, config, device):
-    """Train what requires a gradient; after each epoch yield its loss, learning rate and images/s.
+def train(model, optimizer, pictures, config, device, done=0):
+    """Train what the optimizer holds, after `done` epochs; after each yield its loss, learning rate and images/s.
 
+    Every random number depends on the seed and the epoch alone, so that an interruption changes nothing.
     Raises FloatingPointError at the first step whose loss is not finite, before it changes anything, and
     after an epoch whose last step made a parameter so."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(parameters, config)
     steps = math.ceil(len(pictures) / config.batch)  # of an epoch
-    for epoch in range(config.epochs):
+    for epoch in range(done, config.epochs):
+        torch.manual_seed(1_000_003 * config.seed + epoch)
         model.train()
         start, total = time.perf_counter(), 0.0
         for step, (images, labels) in enumerate(data.batches(pictures, config, device, epoch)):
@@ -63,7 +68,7 @@ def train(model, pictures, config, device):
             optimizer.step()
             total += value * len(labels)
             live(f'epoch {epoch + 1}, step {step + 1}/{steps}, loss {value:.4f}')
-        if not all(p.isfinite().all() for p in parameters):
+        if not all(p.isfinite().all() for group in optimizer.param_groups for p in group['params']):
             raise FloatingPointError(f'a parameter is not finite after epoch {epoch + 1}')
         seconds = time.perf_counter() - start
         yield {'epoch': epoch + 1, 'loss': total / len(pictures), 'lr': lr, 'seconds': seconds,
@@ -79,8 +84,9 @@ def schedule(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 
 
-def make_optimizer(parameters, config):
-    """SGD with momentum (4.1), or AdamW for training from random weights."""
+def make_optimizer(model, config):
+    """SGD with momentum (4.1), or AdamW for training from random weights, of all that requires a gradient."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == 'SGD':
         return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
@@ -128,72 +134,76 @@ def trained(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def run(config):
-    """Train and test one method on one task with one seed; write the run's folder; return the result."""
+def run(config, again=False):
+    """Train and test one method on one task with one seed, write the run's folder, return the result.
+
+    What an earlier process finished is not run again, and where it was interrupted it goes on, unless `again`."""
+    folder = folder_of(config)
+    if not again and (result := read_result(folder)):
+        same_settings(result['config'], config, folder)
+        say(f'{folder}: finished before, {100 * result["accuracy"]:.2f}%; --again runs it again')
+        return result
     device = find_device()
     task = data.load(config)
     model = make_model(config, len(task.classes)).to(device)
+    optimizer = make_optimizer(model, config)
     learn, score = (task.train + task.val, task.test) if config.score_on == 'test' else (task.train, task.val)
     if not len(learn) or not len(score):
         raise InputError(f'{len(learn)} images to train on and {len(score)} of {config.score_on} to score: look at '
                          'n_train and n_val, and at the lists of the data set')
     header(config, task, model, device)
-    folder = folder_of(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ('params.pth', 'result.json'):  # of an earlier run
-        (folder / name).unlink(missing_ok=True)
-    (folder / 'config.yaml').write_text(yaml.safe_dump(vars(config), sort_keys=False))
     learn = data.in_memory(learn, config)
-    start, done = time.perf_counter(), 0
+    records = [] if again else resume(folder, model, optimizer, config, device)
+    if again:
+        start_over(folder)
     try:
-        with open(folder / 'log.jsonl', 'w') as log:
-            for record in train(model, learn, config, device):
-                log.write(json.dumps(record) + '\n')
-                log.flush()
-                save_trained(model, folder / 'params.pth', config)
-                done = record['epoch']
-                left = (time.perf_counter() - start) / done * (config.epochs - done)
-                say('epoch {epoch:3d}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  {images_per_second:.0f} images/s  '
-                    '{left} left'.format(**record, epochs=config.epochs, left=clock(left)))
-        return finish(model, score, task.classes, config, folder, record['loss'], time.perf_counter() - start)
+        for record in train(model, optimizer, learn, config, device, len(records)):
+            records.append(record)
+            save(folder, model, optimizer, records, config, device)
+            left = sum(r['seconds'] for r in records) / len(records) * (config.epochs - len(records))
+            say('epoch {epoch:3d}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  {images_per_second:.0f} images/s  '
+                '{left} left'.format(**record, epochs=config.epochs, left=clock(left)))
+        return finish(model, score, task.classes, config, records, device)
     except FloatingPointError as error:
-        raise InputError(f'{error}. {kept(folder, done)}. Lower the learning rate: --set lr={config.lr / 4:g}') from None
-    except KeyboardInterrupt:
-        where = f'in epoch {done + 1} of {config.epochs}' if done < config.epochs else 'while testing'
-        raise KeyboardInterrupt(f'stopped {where}. {kept(folder, done)}') from None
+        raise Diverged(f'{error}. {kept(folder, records)}. Lower the learning rate: --set lr={config.lr / 4:g}') from None
+    except KeyboardInterrupt as stop:
+        where = f'in epoch {len(records) + 1} of {config.epochs}' if len(records) < config.epochs else 'while testing'
+        stop.where = f'{where}. {kept(folder, records)}; the same command goes on from there'
+        raise
 
 
-def folder_of(config):
-    """Where a run writes."""
-    return Path(config.runs) / config.task / config.method / f'seed{config.seed}'
+class Diverged(InputError):
+    """The learning rate is too high."""
 
 
-def finish(model, score, classes, config, folder, loss, seconds):
+def finish(model, score, classes, config, records, device):
     """Score the model as the last epoch left it; print, write and return the result."""
-    device = model.head.weight.device
+    folder = folder_of(config)
+    params = io.BytesIO()
+    torch.save({name: p.to('cpu', getattr(torch, config.save_dtype)) for name, p in trained(model).items()}, params)
     result = {'task': config.task, 'method': config.method, 'seed': config.seed, 'score_on': config.score_on,
               'accuracy': accuracy(model, score, config, device), 'images': len(score),
-              'trained_parameters': sum(p.numel() for p in trained(model).values()), 'final_loss': loss,
-              'seconds': seconds, 'device': str(device), 'torch': torch.__version__,
-              'torchvision': torchvision.__version__, 'classes': classes}
-    (folder / 'result.json').write_text(json.dumps(result, indent=1) + '\n')
+              'trained_parameters': sum(p.numel() for p in trained(model).values()),
+              'final_loss': records[-1]['loss'], 'seconds': sum(record['seconds'] for record in records),
+              'classes': classes, 'config': vars(config), 'params_digest': digest(params.getvalue()),
+              **environment(device)}
+    write(folder / 'params.pth', params.getvalue())
+    write_result(folder, result)
     paper = config.paper_accuracy.get(config.method)
     say(f'{config.score_on} accuracy after the last epoch: {100 * result["accuracy"]:.2f}% of {len(score)} images'
         f'{f"; the paper: {paper}%" if paper else ""}. {folder}\n')
     return result
 
 
-def save_trained(model, path, config):
-    """Write what was trained, and not the backbone, as a state dict on the CPU."""
-    dtype = getattr(torch, config.save_dtype)
-    part = path.with_suffix('.part')  # so that path is whole at every moment
-    torch.save({name: p.to('cpu', dtype) for name, p in trained(model).items()}, part)
-    part.replace(path)
+def environment(device):
+    """What the bits of a result depend on beside the settings."""
+    return {'device': str(device), 'threads': torch.get_num_threads(), 'torch': str(torch.__version__),
+            'torchvision': torchvision.__version__}
 
 
-def kept(folder, done):
+def kept(folder, records):
     """Where the epochs that are done can be found."""
-    return f'What was trained up to epoch {done} is kept in {folder}' if done else 'No epoch was done yet'
+    return f'Epoch {len(records)} is kept in {folder}' if records else 'No epoch was done yet'
 
 
 def header(config, task, model, device):
@@ -210,8 +220,8 @@ def header(config, task, model, device):
     say(f'backbone  {config.model} at {config.img_size} pixels, {frozen / 1e6:.2f}M parameters in all'
         f'{table_18}, weights {config.weights or "random"}')
     say(f'method    {config.method}, seed {config.seed}: {count / 1e6:.3f}M trained ({sizes}){paper}')
-    say(f'device    {device}{" in bfloat16" if config.bf16 and device.type == "cuda" else ""}, '
-        f'{torch.get_num_threads()} threads, torch {torch.__version__}, torchvision {torchvision.__version__}')
+    say('device    {device}{bf16}, {threads} threads, torch {torch}, torchvision {torchvision}'.format(
+        **environment(device), bf16=' in bfloat16' if config.bf16 and device.type == 'cuda' else ''))
 
 
 def clock(seconds):
@@ -228,6 +238,132 @@ def live(line):
 def say(line):
     """Print a line, over a live one if there is one."""
     print(f'\r{line:<79}' if sys.stdout.isatty() else line, flush=True)
+
+
+# ---- The files of a run: whole at every moment, and found out if they are not -----------------------------
+
+CHECKPOINTS = ('checkpoint-0.pth', 'checkpoint-1.pth')  # after an even and an odd number of epochs
+FREE = {'data', 'runs', 'workers', 'cache_gb', 'grid', 'paper_accuracy', 'paper_params',
+        'paper_backbone_params'}  # settings that change no number of a run
+
+
+def folder_of(config):
+    """Where a run writes."""
+    return Path(config.runs) / config.task / config.method / f'seed{config.seed}'
+
+
+def digest(content):
+    """SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def write(path, content):
+    """Put bytes into a file that is there wholly or not at all, whatever happens on the way."""
+    part = path.with_name(f'{path.name}.{os.getpid()}.{time.monotonic_ns()}.part')  # of this process alone
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, 'xb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise OSError(f'{path} cannot be written ({error.strerror}); what was there before is whole. Make room, or '
+                      'choose another folder with --set runs=DIR, and give the same command again') from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(path):
+    """The bytes of a file; None if there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def save(folder, model, optimizer, records, config, device):
+    """Write a checkpoint: its digest, then all that the next epoch depends on. The one before stays."""
+    file = io.BytesIO()
+    torch.save({'config': vars(config), 'environment': environment(device), 'records': records,
+                'trained': trained(model), 'optimizer': optimizer.state_dict()}, file)
+    write(folder / CHECKPOINTS[len(records) % 2], digest(file.getvalue()).encode() + file.getvalue())
+    write(folder / 'log.jsonl', ''.join(json.dumps(record) + '\n' for record in records).encode())
+
+
+def read_checkpoint(path, config):
+    """What `save` wrote; None if it is not there, or is damaged or of another run and so was set aside."""
+    if (content := read(path)) is None:
+        return None
+    if digest(content[64:]).encode() != content[:64]:
+        return set_aside(path, 'damaged')
+    checkpoint = torch.load(io.BytesIO(content[64:]), map_location='cpu', weights_only=True)
+    if any(checkpoint['config'][name] != getattr(config, name) for name in ('task', 'method', 'seed')):
+        return set_aside(path, 'of another run')
+    return checkpoint
+
+
+def resume(folder, model, optimizer, config, device):
+    """Put model and optimizer where the newest whole checkpoint left them; return the records of its epochs."""
+    found = [checkpoint for name in CHECKPOINTS if (checkpoint := read_checkpoint(folder / name, config))]
+    if not found:
+        return []
+    newest = max(found, key=lambda checkpoint: len(checkpoint['records']))
+    same_settings(newest['config'], config, folder)
+    shapes = {name: p.shape for name, p in trained(model).items()}
+    if {name: p.shape for name, p in newest['trained'].items()} != shapes:
+        raise InputError(f'{folder} was begun with a model of other sizes; is the data set the same? --again starts over')
+    model.load_state_dict(newest['trained'], strict=False)
+    optimizer.load_state_dict(newest['optimizer'])
+    say(f'resumed   after epoch {len(newest["records"])} of {config.epochs}, from {folder}')
+    if changed := differences(newest['environment'], environment(device)):
+        say(f'          with {changed}: not the same bits as without an interruption')
+    return newest['records']
+
+
+def start_over(folder):
+    """Remove what an earlier process left of a run."""
+    for name in ('result.json', 'params.pth', 'log.jsonl', *CHECKPOINTS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def differences(old, new):
+    """In words, what changed from one dict of settings to another; '' if nothing that counts did."""
+    return ', '.join(f'{key} {old.get(key)!r} -> {new.get(key)!r}' for key in sorted((old.keys() | new.keys()) - FREE)
+                     if old.get(key) != new.get(key))
+
+
+def same_settings(old, config, folder):
+    """Raise InputError if a run was begun with settings that would give other numbers."""
+    if changed := differences(old, vars(config)):
+        raise InputError(f'{folder} was begun with other settings: {changed}. Give those to go on, --again to start '
+                         'over, or another folder with --set runs=DIR')
+
+
+def set_aside(path, why):
+    """Rename a file that cannot be used, and say so. Returns None."""
+    aside = next(aside for n in count(1) if not (aside := path.with_name(f'{path.name}.damaged{n}')).exists())
+    path.replace(aside)
+    say(f'{path} is {why}: set aside as {aside.name}')
+
+
+def write_result(folder, result):
+    """Write result.json with a digest of its own content."""
+    result['digest'] = digest(json.dumps(result | {'digest': ''}).encode())
+    write(folder / 'result.json', (json.dumps(result, indent=1) + '\n').encode())
+
+
+def read_result(folder):
+    """What `write_result` wrote; None if there is none, or it is damaged and so was set aside."""
+    if (content := read(folder / 'result.json')) is None:
+        return None
+    try:
+        result = json.loads(content)
+        if result['digest'] == digest(json.dumps(result | {'digest': ''}).encode()):
+            return result
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return set_aside(folder / 'result.json', 'damaged')
 
 
 # ---- Looking at a run (Figure 7) -----------------------------------------------------------------------
@@ -267,16 +403,14 @@ def show(folders, files, path, device):
 
 def open_run(folder, device):
     """The settings, the names of the classes and the model of a finished run."""
-    try:
-        config = SimpleNamespace(**yaml.safe_load((folder / 'config.yaml').read_text()))
-        classes = json.loads((folder / 'result.json').read_text())['classes']
-        parameters = vit.read_state_dict(folder / 'params.pth')
-        model = make_model(config, len(classes)).to(device).eval()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise InputError(f'{folder}: no finished run of this version ({error}); train it first') from None
-    if {name: p.shape for name, p in parameters.items()} != {name: p.shape for name, p in trained(model).items()}:
-        raise InputError(f'{folder}/params.pth is not of the model in config.yaml beside it; train it again')
-    model.load_state_dict(parameters, strict=False)
+    result = read_result(folder)
+    if not result:
+        raise InputError(f'{folder}: no finished run; train it first')
+    if digest(read(folder / 'params.pth') or b'') != result['params_digest']:
+        raise InputError(f'{folder}/params.pth is not what result.json beside it was measured with; --again trains anew')
+    config, classes = SimpleNamespace(**result['config']), result['classes']
+    model = make_model(config, len(classes)).to(device).eval()
+    model.load_state_dict(vit.read_state_dict(folder / 'params.pth'), strict=False)
     return config, classes, model
 
 
@@ -417,6 +551,7 @@ def arguments(argv):
     parser.add_argument('--run', metavar='DIR', help='with --show or --image: the folder of the run')
     parser.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend',
                         help='classify these images by a finished run, and draw its attention')
+    parser.add_argument('--again', action='store_true', help='start over what is finished or was interrupted')
     args = parser.parse_args(argv)
     changes = {}
     for change in args.set:
@@ -443,18 +578,45 @@ def main(argv=None):
             show(folders, args.image, (folders[0] if len(folders) == 1 else folders[0].parents[1]) / 'attention.png',
                  find_device())
             return 0
-        results = [run(config) for config in runs]
+        results, status = run_all(runs, args.again)
         for result in results if len(results) > 1 else []:
             say(f'{result["task"]:16} {result["method"]:12} seed {result["seed"]}  {100 * result["accuracy"]:6.2f}%  '
                 f'{result["trained_parameters"] / 1e6:.3f}M trained  {clock(result["seconds"])}')
+        return status
     except (InputError, OSError) as error:  # an OSError names its file
-        print(f'train.py: {error}', file=sys.stderr)
+        complain(error)
         return 2
     except KeyboardInterrupt as stop:
-        print(f'train.py: {stop or "stopped"}', file=sys.stderr)
-        return 130
-    return 0
+        complain(f'stopped {getattr(stop, "where", "while nothing was training; what is finished is kept")}')
+        return getattr(stop, 'status', 130)
+
+
+def run_all(runs, again):
+    """Run one after another. What is wrong with one (data that is not there, a rate too high) is said once, and the
+    next has its turn; a file that cannot be written ends them all. Returns results and exit status."""
+    results, said = [], set()
+    for config in runs:
+        try:
+            results.append(run(config, again))
+        except InputError as error:
+            if str(error) not in said:
+                complain(error)
+            said.add(str(error))
+    return results, 2 if said else 0
+
+
+def complain(what):
+    """One line for the user."""
+    print(f'train.py: {what}', file=sys.stderr, flush=True)
+
+
+def terminate(number, frame):
+    """A signal's handler: SIGTERM ends a run as Ctrl-C does, with a status that tells them apart."""
+    stop = KeyboardInterrupt()
+    stop.status = 128 + number
+    raise stop
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())

@@ -78,6 +78,7 @@ class Attention(nn.Module):
         B, _, D = tokens.shape
         q, k, v = self.split(self.qkv(tokens))  # [B, N_h, T, d]
         if context:
+            q = q.contiguous()  # lets go of the rest of qkv, which the backward pass would keep
             W_KV, b_KV = self.qkv.weight[D:], self.qkv.bias[D:]
             pairs = [self.split(F.linear(c, W_KV, b_KV)) for c in context]
             k, v = (torch.cat([x, *(y.expand(B, -1, -1, -1) for y in more)], dim=2)

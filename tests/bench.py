@@ -172,7 +172,7 @@ def loop(task, changes, rounds):
     learn = data.in_memory(pictures.train + pictures.val, config)
     images, labels = (x.clone() for x in next(data.batches(learn, config, device, epoch=0)))
     images.normal_()
-    optimizer = train.make_optimizer([p for p in model.parameters() if p.requires_grad], config)
+    optimizer = train.make_optimizer(model, config)
 
     def alone():
         for _ in range(round(len(learn) / len(labels))):

@@ -89,7 +89,7 @@ def test_training_follows_the_schedule_step_by_step(monkeypatch):
     seen, step = [], torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, 'step', lambda self, *args: (
         seen.append(self.param_groups[0]['lr']), step(self, *args)))
-    records = list(train.train(model, pictures, config, CPU))
+    records = list(train.train(model, train.make_optimizer(model, config), pictures, config, CPU))
     assert seen == [0.3 * train.schedule(i, 9, 0.5) for i in range(9)]
     assert [record['lr'] for record in records] == seen[2::3]  # the last of each epoch is reported
 
@@ -108,7 +108,7 @@ def test_the_loop_is_sgd_with_momentum_written_by_hand(method):
     """Section 4.1: v <- μ v + g + λ θ and θ <- θ - lr v, for four steps."""
     how = dict(epochs=2, n=10, lr=0.2, momentum=0.8, weight_decay=0.1, warmup=0.5)
     model, pictures, config = small(method, **how)
-    list(train.train(model, pictures, config, CPU))
+    list(train.train(model, train.make_optimizer(model, config), pictures, config, CPU))
 
     naive, _, _ = small(method, **how)
     velocity = {}
@@ -129,7 +129,7 @@ def test_pre_training_is_adamw_written_by_hand():
     """One step from rest: θ <- θ - lr λ θ - lr g / (|g| + ε)."""
     how = dict(epochs=1, n=5, optimizer='AdamW', lr=0.01, weight_decay=0.5, warmup=0.0)
     model, pictures, config = small('full', **how)
-    list(train.train(model, pictures, config, CPU))
+    list(train.train(model, train.make_optimizer(model, config), pictures, config, CPU))
     naive, _, _ = small('full', **how)
     (images, labels), = data.batches(pictures, config, CPU, 0)
     g = gradients(naive, images, labels)
@@ -142,7 +142,7 @@ def test_pre_training_is_adamw_written_by_hand():
 def test_the_loss_of_an_epoch_is_the_mean_over_its_pictures():
     """The last batch is smaller: 12 pictures in batches of 5. The learning rate is next to nothing."""
     model, pictures, config = small('full', n=12, epochs=1, lr=1e-12, weight_decay=0.0)
-    record, = train.train(model, pictures, config, CPU)
+    record, = train.train(model, train.make_optimizer(model, config), pictures, config, CPU)
     (images, labels), = data.batches(pictures, tiny(img_size=16, batch=12), CPU)
     assert record['loss'] == pytest.approx(F.cross_entropy(model(images), labels).item(), abs=1e-5)
     assert record['images_per_second'] == pytest.approx(12 / record['seconds'])
@@ -150,7 +150,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_pictures():
 
 def test_the_loss_falls():
     model, pictures, config = small(n=30, epochs=15, lr=0.1)
-    losses = [record['loss'] for record in train.train(model, pictures, config, CPU)]
+    losses = [record['loss'] for record in train.train(model, train.make_optimizer(model, config), pictures, config, CPU)]
     assert losses[-1] < losses[0] - 0.05
 
 
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     before = snapshot(model)
     del before['head.bias']
     with pytest.raises(FloatingPointError, match='the loss is nan in epoch 1, step 1'):
-        list(train.train(model, pictures, config, CPU))
+        list(train.train(model, train.make_optimizer(model, config), pictures, config, CPU))
     assert moved(before | {'head.bias': model.head.bias}, model) == {'head.bias'}  # nan is not equal to nan
 
 
@@ -173,7 +173,7 @@ def test_the_backbone_is_bit_for_bit_what_it_was_and_all_that_is_tuned_has_moved
     """After any number of steps, in parameters and buffers."""
     model, pictures, config = small(method, n=n, epochs=epochs, seed=seed, weight_decay=0.1)
     before = snapshot(model)
-    list(train.train(model, pictures, config, CPU))
+    list(train.train(model, train.make_optimizer(model, config), pictures, config, CPU))
     assert moved(before, model) == MOVES[method] | HEAD
     assert set(train.trained(model)) == MOVES[method] | HEAD
     assert all(p.grad is None for name, p in model.named_parameters() if name not in MOVES[method] | HEAD)
@@ -182,7 +182,7 @@ def test_the_backbone_is_bit_for_bit_what_it_was_and_all_that_is_tuned_has_moved
 def test_fine_tuning_moves_everything():
     model, pictures, config = small('full', lr=0.1)
     before = snapshot(model)
-    list(train.train(model, pictures, config, CPU))
+    list(train.train(model, train.make_optimizer(model, config), pictures, config, CPU))
     assert moved(before, model) == set(before) == set(train.trained(model))
 
 
@@ -199,7 +199,7 @@ def test_the_backbone_stays_in_eval_mode_while_the_rest_is_trained():
     backbone = list(model.vit.modules())
     model.register_forward_hook(lambda *_: seen.add((model.training, any(x.training for x in backbone))))
     model.eval()
-    list(train.train(model, pictures, config, CPU))
+    list(train.train(model, train.make_optimizer(model, config), pictures, config, CPU))
     assert seen == {(True, False)}
 
 
@@ -316,8 +316,8 @@ def test_a_run_leaves_its_settings_a_line_an_epoch_the_parameters_and_the_result
     result = train.run(config)
     folder = folder_of(tmp_path, seed=5)
     names = {path.name for path in folder.iterdir()}
-    assert names == {'config.yaml', 'log.jsonl', 'params.pth', 'result.json'}
-    assert yaml.safe_load((folder / 'config.yaml').read_text()) == vars(config)
+    assert names == {'checkpoint-0.pth', 'checkpoint-1.pth', 'log.jsonl', 'params.pth', 'result.json'}
+    assert result['config'] == vars(config)
     log = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
     assert [line['epoch'] for line in log] == [1, 2, 3]
     assert all({'loss', 'lr', 'images_per_second'} <= set(line) for line in log)
@@ -326,7 +326,7 @@ def test_a_run_leaves_its_settings_a_line_an_epoch_the_parameters_and_the_result
     assert result['trained_parameters'] == sum(x.numel() for x in torch.load(folder / 'params.pth', weights_only=True).values())
 
 
-def test_nothing_of_an_older_run_stays_beside_a_new_one(tmp_path, monkeypatch):
+def test_nothing_of_an_older_run_stays_beside_one_that_starts_over(tmp_path, monkeypatch):
     """A run that stops in its first epoch has no result and no parameters, not those of the run before."""
     def stopped(*args):
         raise KeyboardInterrupt
@@ -334,9 +334,8 @@ def test_nothing_of_an_older_run_stays_beside_a_new_one(tmp_path, monkeypatch):
     train.run(tiny(runs=str(tmp_path), img_size=24))
     monkeypatch.setattr(train, 'train', stopped)
     with pytest.raises(KeyboardInterrupt):
-        train.run(tiny(runs=str(tmp_path), img_size=24, lr=0.5))
-    names = {path.name for path in folder_of(tmp_path).iterdir()}
-    assert 'config.yaml' in names and not names & {'result.json', 'params.pth'}
+        train.run(tiny(runs=str(tmp_path), img_size=24, lr=0.5), again=True)
+    assert not list(folder_of(tmp_path).iterdir())
 
 
 def test_a_run_from_the_command_line_ends_with_status_0_and_says_what_it_did(tmp_path, capsys):
@@ -388,14 +387,14 @@ def test_task_method_and_model_can_be_set_as_the_others_or_are_refused(name, val
     """What would be worst: to take the setting and go on without it."""
     seen = []
     result = dict(task='', method='', seed=0, accuracy=0.0, trained_parameters=0, seconds=0.0)
-    monkeypatch.setattr(train, 'run', lambda config: seen.append(getattr(config, name)) or result)
+    monkeypatch.setattr(train, 'run', lambda config, again: seen.append(getattr(config, name)) or result)
     assert train.main(['--set', f'{name}={value}']) == 2 or set(seen) == {value}
     capsys.readouterr()
 
 
 def test_options_of_their_own_win_over_set(monkeypatch):
     seen = []
-    monkeypatch.setattr(train, 'run', lambda config: seen.append((config.weights, config.seed)) or None)
+    monkeypatch.setattr(train, 'run', lambda config, again: seen.append((config.weights, config.seed)) or None)
     train.main(['--method', 'ivpt', '--weights', 'a.pth', '--seed', '3', '--set', 'weights=b.pth', 'seed=4'])
     assert seen == [('a.pth', 3)]
 

@@ -183,7 +183,7 @@ def test_an_image_that_is_a_line_or_a_folder_or_missing_is_one_line_with_its_nam
 def test_a_run_that_is_not_there_or_not_whole_is_one_line_with_its_folder(runs, tmp_path, capsys):
     assert str(tmp_path) in refusal(capsys, '--show', '--run', str(tmp_path))
     whole = runs / 'where_blue' / 'ivpt' / 'seed0'
-    for name in 'config.yaml', 'params.pth', 'result.json':
+    for name in 'params.pth', 'result.json':
         shutil.copytree(whole, tmp_path / name)
         (tmp_path / name / name).write_bytes((tmp_path / name / name).read_bytes()[:30])
         assert str(tmp_path / name) in refusal(capsys, '--show', '--run', str(tmp_path / name))
@@ -193,4 +193,4 @@ def test_parameters_of_another_method_are_refused(runs, tmp_path, capsys):
     shutil.copytree(runs / 'where_blue' / 'ivpt' / 'seed0', tmp_path / 'run')
     other = runs / 'where_blue' / 'vpt' / 'seed0' / 'params.pth'
     (tmp_path / 'run' / 'params.pth').write_bytes(other.read_bytes())
-    assert 'params.pth is not of the model' in refusal(capsys, '--show', '--run', str(tmp_path / 'run'))
+    assert 'params.pth is not what result.json' in refusal(capsys, '--show', '--run', str(tmp_path / 'run'))

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from pictures import no_network, oxford, run, save_picture, vtab  # noqa: F401
+from pictures import no_network, oxford, run, save_picture, tiny, vtab  # noqa: F401
 
 import data
 import train
@@ -110,7 +110,7 @@ def test_numbers_that_do_not_fit_the_vit_are_refused_with_the_numbers(changes, s
 
 def test_nothing_is_left_behind_by_a_run_that_cannot_start(tmp_path, refusal):
     refusal('--method', 'ivpt', k=37)
-    assert not list(tmp_path.rglob('config.yaml'))
+    assert not list(tmp_path.rglob('*'))
 
 
 def test_a_folder_for_the_results_that_cannot_be_made_is_refused_by_name(tmp_path, refusal):
@@ -286,8 +286,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_the_last_good_epoch_is_ke
     calls = loss_that_breaks(monkeypatch, step=10)  # 4 steps an epoch: the second one of the third
     err = refusal('--method', 'ivpt', epochs=5)
     assert 'the loss is nan in epoch 3, step 2' in err and len(calls) == 10
-    assert f'up to epoch 2 is kept in {folder_of(tmp_path)}' in err
-    assert all(x.isfinite().all() for x in torch.load(folder_of(tmp_path) / 'params.pth', weights_only=True).values())
+    assert f'Epoch 2 is kept in {folder_of(tmp_path)}' in err
+    kept = train.read_checkpoint(folder_of(tmp_path) / 'checkpoint-0.pth', tiny(method='ivpt'))
+    assert len(kept['records']) == 2 and all(x.isfinite().all() for x in kept['trained'].values())
     assert len((folder_of(tmp_path) / 'log.jsonl').read_text().splitlines()) == 2
     assert not (folder_of(tmp_path) / 'result.json').exists()
 
@@ -297,7 +298,7 @@ def test_a_loss_that_is_not_a_number_from_the_start_leaves_nothing_to_keep(refus
     assert 'No epoch was done yet' in refusal('--method', 'ivpt')
 
 
-@pytest.mark.parametrize('epoch, said', [(0, 'No epoch was done yet'), (2, 'up to epoch 2 is kept in')])
+@pytest.mark.parametrize('epoch, said', [(0, 'No epoch was done yet'), (2, 'Epoch 2 is kept in')])
 def test_ctrl_c_says_how_far_it_got(epoch, said, tmp_path, capfd, monkeypatch):
     batches = data.batches
 
@@ -310,7 +311,7 @@ def test_ctrl_c_says_how_far_it_got(epoch, said, tmp_path, capfd, monkeypatch):
     err = capfd.readouterr().err
     assert err.startswith(f'train.py: stopped in epoch {epoch + 1} of 4') and said in err
     assert err.count('\n') == 1
-    assert (folder_of(tmp_path) / 'params.pth').exists() == (epoch > 0)
+    assert (folder_of(tmp_path) / 'checkpoint-0.pth').exists() == (epoch > 0)
 
 
 def test_ctrl_c_after_the_last_epoch_says_what_is_kept(tmp_path, capfd, monkeypatch):

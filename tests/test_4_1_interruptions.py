@@ -1,0 +1,297 @@
+"""Whatever happens to a run, what was computed is there, and going on gives what never stopping gives."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import no_network, run, tiny  # noqa: F401
+
+import data
+import train
+
+CPU = torch.device('cpu')
+
+
+def settings(folder, **changes):
+    return tiny(runs=str(folder), epochs=4, img_size=24, **changes)
+
+
+def outcome(config):
+    """All that a finished run leaves and that does not depend on the clock."""
+    folder = train.folder_of(config)
+    result = train.read_result(folder)
+    params = torch.load(folder / 'params.pth', weights_only=True)
+    losses = [(r['epoch'], r['loss'], r['lr']) for r in map(json.loads, (folder / 'log.jsonl').read_text().splitlines())]
+    return params, losses, [result[name] for name in ('accuracy', 'final_loss', 'params_digest')]
+
+
+def same(a, b):
+    return a[1:] == b[1:] and a[0].keys() == b[0].keys() and all(torch.equal(x, b[0][name]) for name, x in a[0].items())
+
+
+def stop_at(monkeypatch, epoch, step, error=KeyboardInterrupt):
+    """The next run ends with an error in a step of an epoch, both counted from 0."""
+    batches = data.batches
+
+    def stopped(pictures, config, device, now=None):
+        for i, batch in enumerate(batches(pictures, config, device, now)):
+            if (now, i) == (epoch, step):
+                monkeypatch.setattr(data, 'batches', batches)
+                raise error
+            yield batch
+    monkeypatch.setattr(data, 'batches', stopped)
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    """What runs that were never stopped leave, by method."""
+    left = {}
+
+    def run_once(method, **changes):
+        if (key := (method, *changes.items())) not in left:
+            config = settings(tmp_path_factory.mktemp('whole'), method=method, **changes)
+            train.run(config)
+            left[key] = outcome(config)
+        return left[key]
+    return run_once
+
+
+@pytest.mark.parametrize('method, changes', [('ivpt', {}), ('full', {'optimizer': 'AdamW', 'lr': 0.001})])
+@pytest.mark.parametrize('epoch, step', [(0, 1), (1, 0), (2, 2), (3, 3), (None, 0)])
+def test_a_run_that_was_stopped_and_went_on_leaves_what_one_that_never_stopped_leaves(
+        method, changes, epoch, step, tmp_path, monkeypatch, uninterrupted, capsys):
+    config = settings(tmp_path, method=method, **changes)
+    stop_at(monkeypatch, epoch, step)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config)
+    train.run(config)
+    said = capsys.readouterr().out
+    assert (f'resumed   after epoch {4 if epoch is None else epoch} of 4' in said) == (epoch != 0)
+    assert same(outcome(config), uninterrupted(method, **changes))
+
+
+def test_other_random_numbers_are_the_same_after_an_interruption_too(tmp_path, monkeypatch):
+    """A student who adds dropout keeps this property: the loop seeds all generators, epoch by epoch."""
+    make_model = train.make_model
+
+    def with_dropout(*args):
+        model = make_model(*args)
+        model.head = torch.nn.Sequential(torch.nn.Dropout(0.5), model.head)
+        return model
+    monkeypatch.setattr(train, 'make_model', with_dropout)
+    results = []
+    for name, stop in (('whole', None), ('stopped', (2, 1))):
+        config = settings(tmp_path / name)
+        if stop:
+            stop_at(monkeypatch, *stop)
+            with pytest.raises(KeyboardInterrupt):
+                train.run(config)
+            torch.rand(17)  # another process has drawn other numbers
+        train.run(config)
+        results.append(outcome(config))
+    assert same(*results)
+
+
+def test_what_is_finished_is_not_run_again_but_by_again(tmp_path, monkeypatch, capsys):
+    config = settings(tmp_path)
+    first = train.run(config)
+    monkeypatch.setattr(train, 'train', lambda *args: pytest.fail('it trains'))
+    assert train.run(config) == first
+    assert 'finished before' in capsys.readouterr().out
+    monkeypatch.undo()
+    assert train.run(config, again=True)['params_digest'] == first['params_digest']
+
+
+@pytest.mark.parametrize('stopped', [False, True])
+@pytest.mark.parametrize('changes', [{'lr': 0.5}, {'N': 3}, {'n_train': 20}, {'epochs': 5}, {'score_on': 'val'}])
+def test_other_settings_are_refused_with_the_difference_and_again_takes_them(
+        stopped, changes, tmp_path, monkeypatch):
+    config, changed = settings(tmp_path), settings(tmp_path)
+    vars(changed).update(changes)
+    if stopped:
+        stop_at(monkeypatch, 2, 0)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config)
+    else:
+        train.run(config)
+    (name, value), = changes.items()
+    with pytest.raises(train.InputError, match=f'{name} {getattr(config, name)!r} -> {value!r}.*--again'):
+        train.run(changed)
+    assert train.run(changed, again=True)['config'][name] == value
+
+
+def test_settings_that_change_no_number_are_free(tmp_path, monkeypatch, uninterrupted):
+    stop_at(monkeypatch, 2, 0)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(settings(tmp_path))
+    config = settings(tmp_path, data='elsewhere', workers=1, cache_gb=0.5)
+    train.run(config)
+    assert same(outcome(config), uninterrupted('ivpt'))
+
+
+def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, 2, 0)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(settings(tmp_path))
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 99)
+    train.run(settings(tmp_path))
+    assert 'threads 1 -> 99: not the same bits' in capsys.readouterr().out
+
+
+# ---- Damage ---------------------------------------------------------------------------------------------
+
+
+def cut(content):
+    return content[:len(content) // 2]
+
+
+def flip(content):
+    return content[:-100] + bytes([content[-100] ^ 4]) + content[-99:]
+
+
+@pytest.mark.parametrize('damage', [cut, flip, lambda content: b''])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+        damage, tmp_path, monkeypatch, uninterrupted, capsys):
+    config = settings(tmp_path)
+    stop_at(monkeypatch, 3, 1)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config)
+    newest = train.folder_of(config) / 'checkpoint-1.pth'  # of 3 epochs
+    damaged = damage(newest.read_bytes())
+    newest.write_bytes(damaged)
+    train.run(config)
+    said = capsys.readouterr().out
+    assert f'{newest} is damaged: set aside as checkpoint-1.pth.damaged1' in said and 'after epoch 2 of 4' in said
+    assert newest.with_name('checkpoint-1.pth.damaged1').read_bytes() == damaged
+    assert same(outcome(config), uninterrupted('ivpt'))
+
+
+def test_with_both_checkpoints_damaged_a_run_starts_over(tmp_path, monkeypatch, uninterrupted):
+    config = settings(tmp_path)
+    stop_at(monkeypatch, 3, 1)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config)
+    for name in train.CHECKPOINTS:
+        (train.folder_of(config) / name).write_bytes(b'x' * 1000)
+    train.run(config)
+    assert same(outcome(config), uninterrupted('ivpt'))
+
+
+def test_a_checkpoint_of_another_run_is_set_aside(tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        stop_at(monkeypatch, 2, 0)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(settings(tmp_path, seed=seed))
+    zero, one = (train.folder_of(settings(tmp_path, seed=seed)) for seed in (0, 1))
+    (zero / 'checkpoint-0.pth').write_bytes((one / 'checkpoint-0.pth').read_bytes())
+    train.run(settings(tmp_path))
+    assert 'checkpoint-0.pth is of another run: set aside' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('content', [b'', b'{', b'[1]', b'null', b'{"accuracy": 0.99}', b'[' * 100_000, b'\xff'])
+def test_a_damaged_result_is_set_aside_and_measured_again(content, tmp_path, capsys):
+    config = settings(tmp_path)
+    first = train.run(config)
+    file = train.folder_of(config) / 'result.json'
+    file.write_bytes(content)
+    assert train.run(config)['accuracy'] == first['accuracy']
+    said = capsys.readouterr().out
+    assert 'result.json is damaged: set aside as result.json.damaged1' in said and 'after epoch 4 of 4' in said
+
+
+def test_a_result_with_one_digit_changed_is_damaged(tmp_path):
+    config = settings(tmp_path)
+    result = train.run(config)
+    file = train.folder_of(config) / 'result.json'
+    file.write_text(file.read_text().replace(f'"accuracy": {result["accuracy"]}', '"accuracy": 0.999'))
+    assert train.read_result(file.parent) is None and not file.exists()
+
+
+def test_nothing_that_is_set_aside_replaces_what_was_set_aside_before(tmp_path):
+    for n in range(3):
+        (tmp_path / 'file').write_text(str(n))
+        train.set_aside(tmp_path / 'file', 'damaged')
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ['0', '1', '2']
+
+
+# ---- Files that cannot be written -----------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_epochs_before_are_whole(tmp_path, monkeypatch, capfd, uninterrupted):
+    fsync, calls = train.os.fsync, []
+
+    def full(number):
+        calls.append(number)
+        if len(calls) > 5:  # two files an epoch: the checkpoint of the third is written, its log is not
+            raise OSError(28, 'No space left on device')
+        fsync(number)
+    monkeypatch.setattr(train.os, 'fsync', full)
+    argv = '--method', 'ivpt', '--seed', '0,1'
+    assert run(tmp_path, *argv, epochs=4, img_size=24) == 2
+    err = capfd.readouterr().err
+    assert err.count('\n') == 1 and 'log.jsonl cannot be written (No space left on device)' in err
+    assert not list(tmp_path.rglob('*.part'))
+    monkeypatch.setattr(train.os, 'fsync', fsync)
+    assert run(tmp_path, *argv, epochs=4, img_size=24) == 0
+    assert 'after epoch 3 of 4' in capfd.readouterr().out
+    assert same(outcome(settings(tmp_path)), uninterrupted('ivpt'))
+
+
+def test_a_write_that_is_killed_half_way_leaves_the_file_before_it(tmp_path, monkeypatch):
+    train.write(tmp_path / 'file', b'before')
+
+    def killed(number):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train.os, 'fsync', killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.write(tmp_path / 'file', b'after')
+    assert [path.name for path in tmp_path.iterdir()] == ['file'] and (tmp_path / 'file').read_bytes() == b'before'
+
+
+# ---- One run that does not stop the others --------------------------------------------------------------
+
+
+def test_what_is_wrong_with_one_run_does_not_keep_the_next_from_its_turn(tmp_path, capfd):
+    assert run(tmp_path, '--task', 'pets,where_blue', '--method', 'vpt,ivpt', data=str(tmp_path), img_size=24) == 2
+    err = capfd.readouterr().err
+    assert err.count('\n') == 1 and 'oxford' in err  # once, not once a method
+    assert len(list(tmp_path.rglob('result.json'))) == 2
+
+
+# ---- Signals, in a process of its own -------------------------------------------------------------------
+
+
+def command(folder):
+    """A tiny run of its own process, with 40 epochs."""
+    changes = vars(settings(folder)) | {'epochs': 40}
+    names = ('n_train', 'n_val', 'n_test', 'epochs', 'batch', 'workers', 'img_size', 'runs')
+    return [sys.executable, str(Path(train.__file__)), '--model', 'vit_nano_patch8_48', '--method', 'ivpt', '--weights', '',
+            '--set', *(f'{name}={changes[name]}' for name in names)]
+
+
+@pytest.mark.parametrize('name, status', [('SIGINT', 130), ('SIGTERM', 143)])
+def test_ctrl_c_and_sigterm_end_with_one_line_and_their_status_and_the_run_can_go_on(name, status, tmp_path, uninterrupted):
+    argv = command(tmp_path)
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('epoch   2'):
+            process.send_signal(getattr(signal, name))
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert err.count('\n') == 1 and 'the same command goes on from there' in err and 'Traceback' not in err
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    assert 'resumed   after epoch' in said
+
+
+def test_two_processes_on_the_same_run_leave_what_one_leaves(tmp_path, uninterrupted):
+    processes = [subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    config = settings(tmp_path)
+    assert not list(tmp_path.rglob('*.part')) and not list(tmp_path.rglob('*.damaged*'))
+    train.open_run(train.folder_of(config), CPU)  # the result is of the parameters beside it
+    assert outcome(config)[0].keys() == uninterrupted('ivpt')[0].keys()
