@@ -3,6 +3,8 @@
     python train.py                      tune a nano ViT on pictures of shapes; needs no download
     python train.py --task pets          the paper's Pets experiment
     python train.py --task pets --method vpt --set lr=0.5 epochs=20
+    python train.py --task natural --method vpt,ivpt --seed 0,1,2 --search      a sweep: search, train, test
+    python train.py --report --task natural         what has been run, beside the paper's tables
     python train.py --show --method vpt,ivpt        draw where their class tokens look
     python train.py --task pets --image cat.jpg     what a trained run takes a photo for
 
@@ -23,6 +25,7 @@ import sys
 import time
 from itertools import count, product
 from pathlib import Path
+from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import torch
@@ -98,11 +101,16 @@ def autocast(device, config):
 
 
 @torch.no_grad()
-def accuracy(model, pictures, config, device):
-    """Part of the pictures whose largest logit is that of their class, 0 to 1."""
+def accuracy(model, pictures, config, device, noise=0.0):
+    """Part of the pictures whose largest logit is that of their class, 0 to 1.
+
+    noise: proportion of Gaussian noise, mean 0 and standard deviation 1, that normalised images are mixed with, the
+    same for every model (Figures 4 and 6; the paper does not say how it mixes)."""
     model.eval()
-    right = 0
+    right, generator = 0, torch.Generator().manual_seed(0)
     for images, labels in data.batches(pictures, config, device):
+        if noise:
+            images = (1 - noise) * images + noise * torch.randn(images.shape, generator=generator).to(device)
         with autocast(device, config):
             right += (model(images).argmax(dim=1) == labels).sum().item()
     return right / len(pictures)
@@ -189,7 +197,7 @@ def finish(model, score, classes, config, records, device):
               **environment(device)}
     write(folder / 'params.pth', params.getvalue())
     write_result(folder, result)
-    paper = config.paper_accuracy.get(config.method)
+    paper = config.paper_accuracy
     say(f'{config.score_on} accuracy after the last epoch: {100 * result["accuracy"]:.2f}% of {len(score)} images'
         f'{f"; the paper: {paper}%" if paper else ""}. {folder}\n')
     return result
@@ -243,13 +251,13 @@ def say(line):
 # ---- The files of a run: whole at every moment, and found out if they are not -----------------------------
 
 CHECKPOINTS = ('checkpoint-0.pth', 'checkpoint-1.pth')  # after an even and an odd number of epochs
-FREE = {'data', 'runs', 'workers', 'cache_gb', 'grid', 'paper_accuracy', 'paper_params',
+FREE = {'data', 'runs', 'point', 'workers', 'cache_gb', 'grid', 'paper_accuracy', 'paper_params',
         'paper_backbone_params'}  # settings that change no number of a run
 
 
 def folder_of(config):
     """Where a run writes."""
-    return Path(config.runs) / config.task / config.method / f'seed{config.seed}'
+    return Path(config.runs) / config.task / config.method / f'seed{config.seed}' / config.point
 
 
 def digest(content):
@@ -366,6 +374,126 @@ def read_result(folder):
     return set_aside(folder / 'result.json', 'damaged')
 
 
+# ---- Many runs ------------------------------------------------------------------------------------------
+
+
+def run_all(runs, again, searching):
+    """Run one after another. What is wrong with one (data that is not there, a rate too high) is said once, and the
+    next has its turn; a file that cannot be written ends them all. Returns results and exit status."""
+    results, best, said = [], {}, set()
+    for config in runs:
+        try:
+            if searching:
+                key = config.task, config.method  # its other seeds take what the first found
+                best[key] = best.get(key) or search(config, again)
+                config = SimpleNamespace(**vars(config) | best[key])
+            results.append(run(config, again))
+        except InputError as error:
+            if str(error) not in said:
+                complain(error)
+            said.add(str(error))
+    return results, 2 if said else 0
+
+
+def search(config, again=False):
+    """VPT's protocol: train on `train`, score on `val`, at each point of the grid. Returns the best point's settings.
+
+    Ties go to the smaller learning rate. All scores are printed and written to search.json."""
+    scores = []
+    for values in product(*config.grid.values()):
+        point = dict(zip(config.grid, values))
+        where = f'search/{",".join(f"{name}={value}" for name, value in point.items())}'
+        try:
+            score = run(SimpleNamespace(**vars(config) | point | {'score_on': 'val', 'point': where}), again)['accuracy']
+        except Diverged as error:
+            say(str(error))
+            score = None
+        scores.append((point, score))
+    scores.sort(key=lambda row: (-1 if row[1] is None else row[1], -row[0].get('lr', 0)), reverse=True)
+    write(folder_of(config) / 'search.json', json.dumps([point | {'accuracy': x} for point, x in scores], indent=1).encode())
+    say(f'search    {config.task}, {config.method}, seed {config.seed}: accuracy on the validation images')
+    for point, score in scores:
+        say(f'          {point}: {"diverged" if score is None else f"{100 * score:.2f}%"}')
+    if scores[0][1] is None:
+        raise Diverged(f'{folder_of(config)}: every point of the grid diverged; give it lower rates: --set grid="{{lr: [...]}}"')
+    return scores[0][0]
+
+
+def columns(configs, names):
+    """Tasks, and after the tasks of a group the group, as the columns of a report: names may be of both."""
+    return [column for name in names for column in (*columns(configs, configs['groups'].get(name, ())), name)]
+
+
+def tasks_of(configs, names):
+    """The tasks that names of tasks and groups stand for."""
+    return [name for name in columns(configs, names) if name not in configs['groups']]
+
+
+def spread(values):
+    """Mean ± standard deviation, in %, of what there is; '' of nothing."""
+    values = [100 * value for value in values if value is not None]
+    return f'{fmean(values):.1f}' + (f' ± {stdev(values):.1f}' if len(values) > 1 else '') if values else ''
+
+
+def report(configs, folder, names=None, methods=None):
+    """Print, in Markdown and the layout of Table 10, the test accuracies of finished runs, and under each method the
+    paper's with the difference. A group is the mean of its members, and empty as long as one is missing.
+
+    names: of tasks and groups; names and methods are those that have been run where they are not given."""
+    there = [path.parts[-4:-2] for path in folder.glob('*/*/seed*/result.json')]  # task and method
+    names = names or [name for name in configs['tasks'] if name in {task for task, _ in there}]
+    methods = methods or [name for name in configs['methods'] if name in {method for _, method in there}]
+    results = {}
+    for task, method in product(tasks_of(configs, names), methods):
+        for file in sorted((folder / task / method).glob('seed*/result.json')):
+            if (result := read_result(file.parent)) and result['score_on'] == 'test':
+                results[task, method, result['seed']] = result
+    seeds = sorted({seed for *_, seed in results})
+
+    def value(name, method, seed):
+        if name in configs['groups']:
+            members = [value(member, method, seed) for member in configs['groups'][name]]
+            return None if None in members else fmean(members)
+        return results[name, method, seed]['accuracy'] if (name, method, seed) in results else None
+
+    shown = columns(configs, names)
+    say(row('method', 'trained', shown) + '\n' + '| --- ' * (2 + len(shown)) + '|')
+    for method in methods:
+        sizes = [result['trained_parameters'] / 1e6 for (_, name, _), result in results.items() if name == method]
+        ours = [[x for seed in seeds if (x := value(name, method, seed)) is not None] for name in shown]
+        paper = [configs['paper'].get(name, {}).get(method) for name in shown]
+        say(row(f'`{method}`', f'{fmean(sizes):.3f}M' if sizes else '', map(spread, ours)))
+        if any(paper):
+            published = configs['methods'][method].get('paper_params')
+            say(row('the paper', f'{published:.2f}M' if published else '', (x or '' for x in paper)))
+            say(row('difference', '', (f'{100 * fmean(x) - y:+.1f}' if x and y else '' for x, y in zip(ours, paper))))
+    for (task, method, seed), result in results.items():
+        first = next(r for (t, m, _), r in results.items() if (t, m) == (task, method))['config']
+        if changed := differences(first | {'seed': seed}, result['config']):
+            say(f'{task}, {method}: seeds {first["seed"]} and {seed} differ in more than the seed: {changed}')
+
+
+def row(*cells):
+    """A row of a Markdown table: texts, and lists of them."""
+    return '| ' + ' | '.join(str(x) for cell in cells for x in ([cell] if isinstance(cell, str) else cell)) + ' |'
+
+
+def with_noise(runs, rates):
+    """Test finished runs on images that are mixed with noise (Figures 4 and 6), add the accuracies to their results,
+    and print them, method by method."""
+    device, found = find_device(), {}
+    for config in runs:
+        folder = folder_of(config)
+        stored, _, model = open_run(folder, device)
+        test, result = data.load(SimpleNamespace(**vars(stored) | {'data': config.data})).test, read_result(folder)
+        scores = {str(rate): accuracy(model, test, stored, device, rate) for rate in rates}
+        write_result(folder, result | {'noise': result.get('noise', {}) | scores})
+        found.setdefault((config.task, config.method), []).append(scores.values())
+    say(row('task', 'method', rates) + '\n' + '| --- ' * (2 + len(rates)) + '|')
+    for (task, method), scores in found.items():
+        say(row(task, f'`{method}`', map(spread, zip(*scores))))
+
+
 # ---- Looking at a run (Figure 7) -----------------------------------------------------------------------
 
 TILE = 112  # pixels of a picture and of a map
@@ -464,7 +592,8 @@ def settings(configs, task, method=None, model=None, changes=None):
         for where, layer in ((f'models: {model}', of_model), (f'tasks: {task}', of_task),
                              (f'methods: {name}', entry(configs, 'methods', name)), ('--set', changes)):
             config |= {key: checked(key, value, defaults, where) for key, value in layer.items()}
-        config |= {'task': task, 'method': name, 'model': model}
+        config |= {'task': task, 'method': name, 'model': model, 'point': '',
+                   'paper_accuracy': configs['paper'].get(task, {}).get(name, 0.0)}
         config['img_size'] = config['img_size'] or vit.parse_name(model)[2]
         if config['weights'] and config['weights'] == of_model.get('weights') and '://' not in config['weights']:
             config['weights'] = str(HERE / config['weights'])  # comes with this project
@@ -509,6 +638,10 @@ def checked(key, value, defaults, where):
             pass
     if type(value) is not kind:
         raise InputError(f'{where}: {key} is a {kind.__name__}, as {defaults[key]!r}, not {value!r}')
+    if key == 'grid':
+        if not value or not all(isinstance(values, list) and values for values in value.values()):
+            raise InputError(f'{where}: grid is a list of values for each setting, as {defaults[key]!r}, not {value!r}')
+        return {name: [checked(name, x, defaults, where) for x in values] for name, values in value.items()}
     low, high = RANGES.get(key, (-math.inf, math.inf))
     if kind in (int, float) and not low <= value <= high:
         raise InputError(f'{where}: {key} goes from {low:g} to {high:g}, not {value!r}')
@@ -547,6 +680,9 @@ def arguments(argv):
     parser.add_argument('--data', help='folder of the data sets')
     parser.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', action='extend',
                         help='any setting of configs.yaml')
+    parser.add_argument('--search', action='store_true', help="search the grid on the validation images before each run")
+    parser.add_argument('--report', action='store_true', help='a table of what has been run, beside the paper')
+    parser.add_argument('--noise', metavar='RATES', help='test finished runs on noisy images: 0,0.1,0.2')
     parser.add_argument('--show', action='store_true', help='draw the attention of finished runs (Figure 7)')
     parser.add_argument('--run', metavar='DIR', help='with --show or --image: the folder of the run')
     parser.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend',
@@ -565,24 +701,10 @@ def arguments(argv):
 
 
 def main(argv=None):
-    """Run what the command line asks for. Returns the exit status; what the user got wrong is one line."""
+    """Do what the command line asks for. Returns the exit status; what the user got wrong is one line."""
     try:
         args, changes = arguments(argv)
-        configs = read_yaml((HERE / 'configs.yaml').read_text(), 'configs.yaml')
-        tasks = (configs['defaults']['task'] if args.task is None else args.task).split(',')
-        seeds = [{}] if args.seed is None else [{'seed': read_yaml(s, '--seed')} for s in args.seed.split(',')]
-        runs = [config for task, seed in product(tasks, seeds)
-                for config in settings(configs, task, args.method, args.model, changes | seed)]
-        if args.show or args.image:
-            folders = [Path(args.run)] if args.run else [folder_of(config) for config in runs]
-            show(folders, args.image, (folders[0] if len(folders) == 1 else folders[0].parents[1]) / 'attention.png',
-                 find_device())
-            return 0
-        results, status = run_all(runs, args.again)
-        for result in results if len(results) > 1 else []:
-            say(f'{result["task"]:16} {result["method"]:12} seed {result["seed"]}  {100 * result["accuracy"]:6.2f}%  '
-                f'{result["trained_parameters"] / 1e6:.3f}M trained  {clock(result["seconds"])}')
-        return status
+        return command(args, changes, read_yaml((HERE / 'configs.yaml').read_text(), 'configs.yaml'))
     except (InputError, OSError) as error:  # an OSError names its file
         complain(error)
         return 2
@@ -591,18 +713,29 @@ def main(argv=None):
         return getattr(stop, 'status', 130)
 
 
-def run_all(runs, again):
-    """Run one after another. What is wrong with one (data that is not there, a rate too high) is said once, and the
-    next has its turn; a file that cannot be written ends them all. Returns results and exit status."""
-    results, said = [], set()
-    for config in runs:
-        try:
-            results.append(run(config, again))
-        except InputError as error:
-            if str(error) not in said:
-                complain(error)
-            said.add(str(error))
-    return results, 2 if said else 0
+def command(args, changes, configs):
+    """Report, draw, test or train, by the command line's arguments and the settings that it changes."""
+    names = (configs['defaults']['task'] if args.task is None else args.task).split(',')
+    if args.report:
+        folder = Path(changes.get('runs', configs['defaults']['runs']))
+        report(configs, folder, args.task and names, args.method and args.method.split(','))
+        return 0
+    seeds = [{}] if args.seed is None else [{'seed': read_yaml(s, '--seed')} for s in args.seed.split(',')]
+    runs = [config for task, seed in product(tasks_of(configs, names), seeds)
+            for config in settings(configs, task, args.method, args.model, changes | seed)]
+    if args.noise:
+        with_noise(runs, [checked('rate', read_yaml(rate, '--noise'), {'rate': 0.0}, '--noise') for rate in args.noise.split(',')])
+    elif args.show or args.image:
+        folders = [Path(args.run)] if args.run else [folder_of(config) for config in runs]
+        show(folders, args.image, (folders[0] if len(folders) == 1 else folders[0].parents[1]) / 'attention.png',
+             find_device())
+    else:
+        results, status = run_all(runs, args.again, args.search)
+        for result in results if len(results) > 1 else []:
+            say(f'{result["task"]:16} {result["method"]:12} seed {result["seed"]}  {100 * result["accuracy"]:6.2f}%  '
+                f'{result["trained_parameters"] / 1e6:.3f}M trained  {clock(result["seconds"])}')
+        return status
+    return 0
 
 
 def complain(what):

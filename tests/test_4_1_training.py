@@ -353,7 +353,9 @@ def test_a_run_from_the_command_line_ends_with_status_0_and_says_what_it_did(tmp
 
 
 def test_the_papers_accuracy_is_printed_beside_ours(tmp_path, capsys):
-    train.run(tiny(runs=str(tmp_path), img_size=24, paper_accuracy={'ivpt': 91.8}))
+    config = tiny(runs=str(tmp_path), img_size=24)
+    config.paper_accuracy = 91.8
+    train.run(config)
     assert 'the paper: 91.8%' in capsys.readouterr().out
 
 
