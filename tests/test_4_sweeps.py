@@ -1,0 +1,270 @@
+"""Section 4: searching settings on validation images, tables of results, and noise (Figures 4 and 6)."""
+
+import json
+import re
+from statistics import fmean, stdev
+
+import pytest
+import torch
+from pictures import CONFIGS, no_network, run, tiny  # noqa: F401
+
+import data
+import train
+
+CPU = torch.device('cpu')
+SMALL = dict(img_size=24, epochs=1)
+
+
+def table(text):
+    """The rows of the Markdown table in a text, as lists of cells."""
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line.startswith('|')]
+
+
+# ---- The product ----------------------------------------------------------------------------------------
+
+
+def test_a_group_stands_for_its_tasks_and_a_group_of_groups_for_all_of_theirs():
+    configs = {'groups': {'a': ['x', 'y'], 'b': ['z'], 'all': ['a', 'b']}}
+    assert train.tasks_of(configs, ['all', 'w', 'a']) == ['x', 'y', 'z', 'w', 'x', 'y']
+    assert train.columns(configs, ['all']) == ['x', 'y', 'a', 'z', 'b', 'all']
+
+
+def test_tasks_methods_and_seeds_are_multiplied_each_in_its_own_folder(tmp_path):
+    assert run(tmp_path, '--method', 'linear,vpt', '--seed', '0,2', **SMALL) == 0
+    found = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('result.json')}
+    assert found == {f'where_blue/{method}/seed{seed}' for method in ('linear', 'vpt') for seed in (0, 2)}
+
+
+# ---- Search ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """`train.run` with accuracies that a test chooses: a function of the settings. Returns what was asked for."""
+    def use(score):
+        asked = []
+
+        def run(config, again=False):
+            asked.append(config)
+            if (accuracy := score(config)) is None:
+                raise train.Diverged('the loss is nan')
+            return {'task': config.task, 'method': config.method, 'seed': config.seed, 'accuracy': accuracy,
+                    'trained_parameters': 1, 'seconds': 1.0}
+        monkeypatch.setattr(train, 'run', run)
+        return asked
+    return use
+
+
+def search(tmp_path, **grid):
+    return train.search(tiny(runs=str(tmp_path), grid=grid))
+
+
+def test_every_point_of_the_grid_is_scored_on_the_validation_images_after_training_on_the_others(tmp_path, scored):
+    asked = scored(lambda config: 0.5)
+    search(tmp_path, lr=[0.1, 0.2], weight_decay=[0.0, 0.1], N=[3])
+    assert {(c.lr, c.weight_decay, c.N) for c in asked} == {(a, b, 3) for a in (0.1, 0.2) for b in (0.0, 0.1)}
+    assert {c.score_on for c in asked} == {'val'}
+    assert len({train.folder_of(c) for c in asked}) == 4
+
+
+def test_the_best_point_wins_and_of_equals_that_with_the_smaller_learning_rate(tmp_path, scored):
+    scored(lambda config: 0.9 if config.lr in (0.3, 0.1) else 0.8)
+    assert search(tmp_path, lr=[0.4, 0.3, 0.1, 0.05]) == {'lr': 0.1}
+    scored(lambda config: 1 - config.lr)
+    assert search(tmp_path, lr=[0.4, 0.3], weight_decay=[0.0, 0.1])['lr'] == 0.3
+
+
+def test_a_point_that_diverges_loses_and_the_others_go_on(tmp_path, scored, capsys):
+    asked = scored(lambda config: None if config.lr > 0.2 else 0.0)
+    assert search(tmp_path, lr=[0.4, 0.1, 0.3]) == {'lr': 0.1} and len(asked) == 3
+    kept = json.loads((tmp_path / 'where_blue/ivpt/seed0/search.json').read_text())
+    assert kept[0] == {'lr': 0.1, 'accuracy': 0.0} and [row['accuracy'] for row in kept[1:]] == [None, None]
+    assert capsys.readouterr().out.count('diverged') == 2
+
+
+def test_where_all_points_diverge_lower_rates_are_asked_for(tmp_path, scored):
+    scored(lambda config: None)
+    with pytest.raises(train.InputError, match='every point of the grid diverged.*--set grid'):
+        search(tmp_path, lr=[0.4, 0.1])
+
+
+def test_after_the_search_every_seed_is_trained_with_what_the_first_one_found_and_tested_once(tmp_path, scored):
+    asked = scored(lambda config: 0.9 if config.lr == 0.1 else 0.8)
+    argv = '--method', 'vpt,ivpt', '--seed', '3,4', '--search'
+    assert run(tmp_path, *argv, grid='{lr: [0.2, 0.1]}') == 0
+    assert [(c.method, c.seed, c.lr) for c in asked if c.score_on == 'val'] == [
+        (method, 3, lr) for method in ('vpt', 'ivpt') for lr in (0.2, 0.1)]
+    assert {(c.method, c.seed, c.lr) for c in asked if c.score_on == 'test'} == {
+        (method, seed, 0.1) for method in ('vpt', 'ivpt') for seed in (3, 4)}
+    assert sum(c.score_on == 'test' for c in asked) == 4
+
+
+def test_a_search_for_real_trains_on_train_alone_and_is_not_repeated(tmp_path, capsys):
+    argv = '--method', 'vpt', '--search'
+    assert run(tmp_path, *argv, grid='{lr: [0.1, 0.01]}', **SMALL) == 0
+    said = capsys.readouterr().out
+    assert said.count('% of 10 images') == 2 and said.count('% of 20 images') == 1  # validation, test
+    assert run(tmp_path, *argv, grid='{lr: [0.1, 0.01]}', **SMALL) == 0
+    again = capsys.readouterr().out
+    assert again.count('finished before') == 3 and 'epoch' not in again
+    assert train.read_result(tmp_path / 'where_blue/vpt/seed0')['score_on'] == 'test'
+
+
+@pytest.mark.parametrize('grid, said', [
+    ('{lr: 0.1}', 'list of values'), ('{}', 'list of values'), ('{lr: []}', 'list of values'), ('{lr: [big]}', 'lr is a float'),
+    ('{lrs: [1]}', "unknown setting 'lrs': did you mean 'lr'"), ('{lr: [-1.0]}', 'lr goes from'), ('[1]', 'grid is a dict'),
+])
+def test_a_wrong_grid_is_refused(grid, said, tmp_path, capfd):
+    assert run(tmp_path, '--search', grid=grid) == 2
+    err = capfd.readouterr().err
+    assert said in err and err.count('\n') == 1
+
+
+def test_vpts_grid_is_the_default():
+    """lr {50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1, 0.05} * batch / 256, weight decay {0.01, 0.001, 0.0001, 0}."""
+    config, = train.settings(CONFIGS, 'pets', 'ivpt')
+    assert [lr * 256 / config.batch for lr in config.grid['lr']] == [50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1, 0.05]
+    assert config.grid['weight_decay'] == [0.01, 0.001, 0.0001, 0]
+
+
+# ---- Report ---------------------------------------------------------------------------------------------
+
+REPORTED = {'tasks': {'x': {}, 'y': {}, 'z': {}, 'w': {}}, 'methods': {'vpt': {'paper_params': 0.6}, 'cdc': {}, 'ivpt': {}},
+            'groups': {'a': ['x', 'y'], 'b': ['z'], 'all': ['a', 'b']},
+            'paper': {'x': {'vpt': 50.0, 'ivpt': 60.0}, 'a': {'vpt': 44.4}}}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Write a result as a run would."""
+    def put(task, method, seed, accuracy, trained=1_500_000, score_on='test', **config):
+        folder = tmp_path / task / method / f'seed{seed}'
+        train.write_result(folder, {'accuracy': accuracy, 'seed': seed, 'trained_parameters': trained, 'score_on': score_on,
+                                    'config': {'lr': 0.1, 'seed': seed, **config}})
+    return put
+
+
+def reported(capsys, *args):
+    train.report(REPORTED, *args)
+    out = capsys.readouterr().out
+    return table(out), out
+
+
+def test_a_report_has_means_over_seeds_the_papers_numbers_and_the_difference(results, tmp_path, capsys):
+    for seed, accuracy in enumerate((0.51, 0.53, 0.58)):
+        results('x', 'vpt', seed, accuracy)
+    rows, _ = reported(capsys, tmp_path)
+    values = [51, 53, 58]
+    assert rows == [['method', 'trained', 'x'], ['---'] * 3,
+                    ['`vpt`', '1.500M', f'{fmean(values):.1f} ± {stdev(values):.1f}'],
+                    ['the paper', '0.60M', '50.0'], ['difference', '', '+4.0']]
+
+
+def test_the_mean_of_a_group_of_groups_is_the_mean_of_the_groups_means(results, tmp_path, capsys):
+    """As the paper takes it, and not the mean over the tasks: here (0.3 + 0.8) / 2 and not (0.2 + 0.4 + 0.8) / 3."""
+    for task, accuracy in (('x', 0.2), ('y', 0.4), ('z', 0.8)):
+        results(task, 'cdc', 0, accuracy)
+    rows, _ = reported(capsys, tmp_path, ['all'], ['cdc'])
+    assert rows[0] == ['method', 'trained', 'x', 'y', 'a', 'z', 'b', 'all']
+    assert rows[2] == ['`cdc`', '1.500M', '20.0', '40.0', '30.0', '80.0', '80.0', '55.0']
+
+
+def test_a_cell_that_has_not_been_run_is_empty_and_so_is_the_mean_of_its_group(results, tmp_path, capsys):
+    results('x', 'vpt', 0, 0.5)
+    results('y', 'vpt', 0, 0.4)
+    results('x', 'ivpt', 0, 0.7)
+    results('z', 'ivpt', 0, 0.9, score_on='val')  # a validation accuracy is no result
+    rows, _ = reported(capsys, tmp_path, ['all'], ['vpt', 'cdc', 'ivpt'])
+    assert [row[2:] for row in rows if row[0].startswith('`')] == [
+        ['50.0', '40.0', '45.0', '', '', ''], [''] * 6, ['70.0', '', '', '', '', '']]
+    assert rows[4][2:] == ['+0.0', '', '+0.6', '', '', '']
+
+
+def test_a_group_is_a_mean_over_the_seeds_that_have_all_its_tasks(results, tmp_path, capsys):
+    for task, accuracies in (('x', (0.2, 0.9)), ('y', (0.4,))):
+        for seed, accuracy in enumerate(accuracies):
+            results(task, 'cdc', seed, accuracy)
+    rows, _ = reported(capsys, tmp_path, ['a'], ['cdc'])
+    assert rows[2][4] == '30.0'
+
+
+def test_seeds_that_differ_in_more_than_the_seed_are_said(results, tmp_path, capsys):
+    results('x', 'vpt', 0, 0.5)
+    results('x', 'vpt', 1, 0.5, data='elsewhere')
+    assert 'differ' not in reported(capsys, tmp_path)[1].replace('difference', '')
+    results('x', 'vpt', 2, 0.5, lr=0.3)
+    assert 'x, vpt: seeds 0 and 2 differ in more than the seed: lr 0.1 -> 0.3' in reported(capsys, tmp_path)[1]
+
+
+def test_a_report_of_nothing_has_no_numbers(tmp_path, capsys):
+    assert train.main(['--report', '--set', f'runs={tmp_path}']) == 0
+    assert not re.search(r'\d', capsys.readouterr().out)
+
+
+def test_a_report_shows_what_the_runs_printed(tmp_path, capsys):
+    argv = '--method', 'linear,ivpt', '--seed', '0,1'
+    assert run(tmp_path, *argv, **SMALL) == 0
+    capsys.readouterr()
+    assert train.main(['--report', '--set', f'runs={tmp_path}']) == 0
+    rows = table(capsys.readouterr().out)
+    for row in rows:
+        if row[0] in ('`linear`', '`ivpt`'):
+            found = [100 * train.read_result(tmp_path / 'where_blue' / row[0].strip('`') / f'seed{s}')['accuracy'] for s in (0, 1)]
+            assert row[2] == f'{fmean(found):.1f} ± {stdev(found):.1f}'
+    assert len(rows) >= 4
+
+
+# ---- Noise ----------------------------------------------------------------------------------------------
+
+
+class Remembers(torch.nn.Module):
+    """A model that keeps the images it is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(images)
+        return torch.zeros(len(images), 9)
+
+
+@pytest.mark.parametrize('rate', [0.0, 0.25, 1.0])
+def test_noise_is_mixed_in_by_its_proportion_and_is_the_same_for_every_model(rate):
+    config = tiny(img_size=24, n_test=64)
+    test = data.load(config).test
+    clean = torch.cat([images for images, _ in data.batches(test, config, CPU)])
+    noisy = []
+    for _ in range(2):
+        model = Remembers()
+        train.accuracy(model, test, config, CPU, rate)
+        noisy.append(torch.cat(model.seen))
+    assert torch.equal(*noisy)
+    noise = noisy[0] - (1 - rate) * clean
+    assert noise.mean().abs() < 0.02 and abs(noise.std() - rate) < 0.02 * (rate > 0) + 1e-6
+    if rate:
+        assert abs(torch.corrcoef(torch.stack([noise.flatten(), clean.flatten()]))[0, 1]) < 0.02
+
+
+def test_noise_goes_into_the_results_of_finished_runs_and_is_printed_method_by_method(tmp_path, capsys):
+    argv = '--method', 'linear,ivpt', '--seed', '0,1'
+    assert run(tmp_path, *argv, **SMALL) == 0
+    capsys.readouterr()
+    assert run(tmp_path, *argv, '--noise', '0,0.5', **SMALL) == 0
+    rows = table(capsys.readouterr().out)
+    assert [row[:2] for row in rows[2:]] == [['where_blue', '`linear`'], ['where_blue', '`ivpt`']]
+    for row in rows[2:]:
+        stored = [train.read_result(tmp_path / 'where_blue' / row[1].strip('`') / f'seed{seed}') for seed in (0, 1)]
+        assert all(result['noise']['0.0'] == result['accuracy'] for result in stored)
+        for rate, cell in zip(('0.0', '0.5'), row[2:]):
+            assert cell == train.spread([result['noise'][rate] for result in stored])
+    assert run(tmp_path, *argv, '--noise', '0.9', **SMALL) == 0
+    assert set(train.read_result(tmp_path / 'where_blue/ivpt/seed0')['noise']) == {'0.0', '0.5', '0.9'}
+
+
+@pytest.mark.parametrize('rates, said', [('a', "rate is a float"), ('-1', 'rate goes from 0 to 1'), ('0,,1', 'rate'),
+                                         ('.nan', 'rate goes from 0 to 1'), ('0.1', 'no finished run')])
+def test_wrong_rates_and_runs_that_are_not_there_are_one_line(rates, said, tmp_path, capfd):
+    assert run(tmp_path, f'--noise={rates}') == 2
+    err = capfd.readouterr().err
+    assert said in err and err.count('\n') == 1
