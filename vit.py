@@ -75,7 +75,9 @@ class Attention(nn.Module):
         What is only attended to needs no query, and a context without a batch dimension (prompts: they
         do not depend on the image) needs its keys and values once, not once an image.
         """
-        B, _, D = tokens.shape
+        B, T, D = tokens.shape
+        if T == 1:
+            return self.one_query(tokens, *context)
         q, k, v = self.split(self.qkv(tokens))  # [B, N_h, T, d]
         if context:
             q = q.contiguous()  # lets go of the rest of qkv, which the backward pass would keep
@@ -88,6 +90,21 @@ class Attention(nn.Module):
             w = w.mean(dim=1).squeeze(1)  # [B, T + n + ...]
         attended = F.scaled_dot_product_attention(q, k, v)  # [B, N_h, T, d]
         return self.proj(attended.transpose(1, 2).flatten(2)), w
+
+    def one_query(self, token, *context):
+        """As `forward`, for one token [B, 1, D]: its query goes to the keys' side, so that no key and no value is made.
+
+        qᵀ(W_K x + b_K) = (W_Kᵀ q)ᵀ x + qᵀb_K, whose last term is the same for every x and cancels in the softmax;
+        Σ_i w_i (W_V x_i + b_V) = W_V Σ_i w_i x_i + b_V, since the weights sum to 1."""
+        x = token, *context
+        W_Q, W_K, W_V = self.qkv.weight.unflatten(0, (3, self.N_h, -1))  # [N_h, d, D]
+        b_Q, _, b_V = self.qkv.bias.unflatten(0, (3, self.N_h, -1))  # [N_h, d]
+        q = torch.einsum('hde,be->bhd', W_Q, token[:, 0]) + b_Q  # [B, N_h, d]
+        W_Kq = torch.einsum('hde,bhd->bhe', W_K, q) / q.shape[-1] ** 0.5  # [B, N_h, D]
+        w = torch.cat([W_Kq @ y.mT for y in x], dim=-1).softmax(-1)  # [B, N_h, 1 + n + ...]
+        wx = sum(a @ y for a, y in zip(w.split([y.shape[-2] for y in x], dim=-1), x))  # [B, N_h, D]
+        attended = torch.einsum('hde,bhe->bhd', W_V, wx) + b_V
+        return self.proj(attended.flatten(1)).unsqueeze(1), w.detach().mean(dim=1)
 
 
 class Mlp(nn.Module):
