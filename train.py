@@ -354,11 +354,11 @@ def nearest(name, known):
 # What a number has to be. Every other one has only a type.
 RANGES = {'lr': (1e-12, 1e6), 'weight_decay': (0, 1e6), 'momentum': (0, 1), 'warmup': (0, 0.99),
           'epochs': (1, 10 ** 6), 'batch': (1, 10 ** 6), 'workers': (0, 1024), 'seed': (0, 2 ** 31),
-          'classes': (1, 10 ** 6), 'n_train': (1, 10 ** 8), 'n_val': (0, 10 ** 8), 'n_test': (1, 10 ** 8),
+          'classes': (0, 10 ** 6), 'n_train': (1, 10 ** 8), 'n_val': (0, 10 ** 8), 'n_test': (1, 10 ** 8),
           'img_size': (0, 10 ** 4), 'noise': (0, 1e4), 'n_shapes': (1, 6), 'cache_gb': (0, 1e6)}
 CHOICES = {'tune': ('prompts', 'head', 'all'), 'reinforcement': ('topk', 'none'), 'score_on': ('test', 'val'),
            'augment': ('crop_flip', 'none'), 'optimizer': ('SGD', 'AdamW'), 'save_dtype': ('float32', 'float16'),
-           'structure': ivpt.STRUCTURES, 'source': tuple(data.SOURCES)}
+           'structure': ivpt.STRUCTURES, 'source': tuple(data.SOURCES), 'torchvision': ('', *data.TORCHVISION)}
 
 
 def checked(key, value, defaults, where):
