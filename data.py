@@ -1,8 +1,12 @@
 """Tasks: which pictures are trained on, which are tested on, and how they become batches.
 
 A picture is a pair (uint8 tensor [3, H, W], class id). A set of pictures is anything with a length and
-an index: a list where they are in memory, `Files` where they are decoded when asked for. The protocol is
-VTAB-1k's (Zhai et al., 2019): 1,000 training pictures, of which 200 serve for validation, all test ones.
+an index: a list where they are in memory, `Files` where they are decoded when asked for. Before that it is
+a sample: a pair (where it lies, class id).
+
+There is a reader for each layout: VTAB-1k's lists (Zhai et al., 2019: 1,000 training pictures, of which 200
+serve for validation, all test ones), torchvision's data sets where those lists are missing, VPT's lists for
+FGVC (Jia et al., 2022), folders of your own, and pictures of shapes, which are drawn.
 """
 
 import json
@@ -111,8 +115,8 @@ DECODED = set()  # files that `check` has found whole
 
 
 def check(pictures, config):
-    """Decode each file once, before training: one that does not decode raises InputError with its name. What
-    was decoded is remembered, so that many runs on one task check it once. Pictures in memory are left out."""
+    """Decode each file once, before training, so that a broken one does not end a run after hours: it raises
+    InputError with its name. What was decoded is remembered: many runs on one task check it once."""
     for part in pictures.datasets if isinstance(pictures, ConcatDataset) else [pictures]:
         samples = [] if isinstance(part, list) else part.samples
         new = [(path, label) for path, label in samples if not isinstance(path, Place) and path not in DECODED]
@@ -338,6 +342,8 @@ def read_folder(path, classes=None):
         found = ImageFolder(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f'{path}: no folder of images by class ({error}); it should hold CLASS/*.jpg') from None
+    if len({os.path.realpath(file) for file, _ in found.samples}) < len(found.samples):
+        raise InputError(f'{path}: a file is there twice by way of a link; is there a link that leads back?')
     classes = found.classes if classes is None else classes
     if unknown := sorted(set(found.classes) - set(classes)):
         raise InputError(f'{path / unknown[0]}: no such class in {path.parent / "train"}')
