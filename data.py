@@ -1,19 +1,28 @@
 """Tasks: which pictures are trained on, which are tested on, and how they become batches.
 
 A picture is a pair (uint8 tensor [3, H, W], class id). A set of pictures is anything with a length and
-an index: a list where they are in memory, `Files` where they are decoded when asked for. The protocol is
-VTAB-1k's (Zhai et al., 2019): 1,000 training pictures, of which 200 serve for validation, all test ones.
+an index: a list where they are in memory, `Files` where they are decoded when asked for. Before that it is
+a sample: a pair (where it lies, class id).
+
+There is a reader for each layout: VTAB-1k's lists (Zhai et al., 2019: 1,000 training pictures, of which 200
+serve for validation, all test ones), torchvision's data sets where those lists are missing, VPT's lists for
+FGVC (Jia et al., 2022), folders of your own, and pictures of shapes, which are drawn.
 """
 
+import json
+import os
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from vit import InputError
@@ -42,15 +51,25 @@ def load(config):
 # ---- Pictures in files ----------------------------------------------------------------------------------
 
 
+class Place(NamedTuple):
+    """A picture that is no file of its own, in a data set of torchvision."""
+
+    pictures: Dataset
+    index: int
+
+    def __str__(self):
+        return f'{type(self.pictures).__name__}, image {self.index}'
+
+
 class Files(Dataset):
     """Pictures that are decoded when asked for.
 
-    samples: pairs (path, class id). size: pixels of the shorter side after resizing, or (height, width).
-    Raises InputError with the file's name if one is missing or does not decode."""
+    samples: pairs (path or Place, class id). size: pixels of the shorter side after resizing, or (height,
+    width). Raises InputError with the file's name if one is missing or does not decode."""
 
     def __init__(self, samples, size):
         self.samples, self.size = samples, size
-        missing = [path for path, _ in samples if not Path(path).is_file()]
+        missing = [path for path, _ in samples if not isinstance(path, Place) and not os.path.isfile(path)]
         if missing:
             raise InputError(f'{missing[0]}: no such image (and {len(missing) - 1} more of {len(samples)}); '
                              'unpack the data again or correct the list that names it')
@@ -64,9 +83,9 @@ class Files(Dataset):
 
 
 def read_image(path, size):
-    """The image file at path, upright and in RGB, resized: uint8 [3, H, W]."""
+    """The image file at path, or the image of a Place, upright and in RGB, resized: uint8 [3, H, W]."""
     try:
-        with Image.open(path) as image:
+        with path.pictures[path.index][0] if isinstance(path, Place) else Image.open(path) as image:
             image = ImageOps.exif_transpose(image).convert('RGB')
         if max(image.size) > 100 * min(image.size):
             raise ValueError(f'{image.width} x {image.height} pixels are a line and no picture')
@@ -92,59 +111,34 @@ def in_memory(pictures, config):
     return [(image.clone(), label) for image, label in loader]  # clone: out of the workers' shared memory
 
 
-def pets(config):
-    """Oxford-IIIT Pet, 37 breeds (Parkhi et al., 2012): VTAB-1k's own lists where they lie in the data
-    folder, else 1,000 of torchvision's trainval images, downloaded when missing."""
-    root = Path(config.data) / 'vtab-1k' / 'oxford_iiit_pet'
+DECODED = set()  # files that `check` has found whole
+
+
+def check(pictures, config):
+    """Decode each file once, before training, so that a broken one does not end a run after hours: it raises
+    InputError with its name. What was decoded is remembered: many runs on one task check it once."""
+    for part in pictures.datasets if isinstance(pictures, ConcatDataset) else [pictures]:
+        samples = [] if isinstance(part, list) else part.samples
+        new = [(path, label) for path, label in samples if not isinstance(path, Place) and path not in DECODED]
+        for _ in DataLoader(Files(new, (1, 1)), 64, num_workers=config.workers if new else 0):
+            pass
+        DECODED.update(path for path, _ in new)
+
+
+# ---- VTAB-1k: 19 tasks ----------------------------------------------------------------------------------
+
+
+def vtab(config):
+    """VTAB-1k in the layout that circulates: vtab-1k/DIR/ in the data folder, with images/, train800.txt,
+    val200.txt and test.txt. Where it is missing, torchvision's data set, if it has it."""
+    root = Path(config.data) / 'vtab-1k' / config.dir
     if root.is_dir():
-        return vtab_lists(root, config)
-    splits = [oxford_pets(config, name) for name in ('trainval', 'test')]
-    trainval, test = (list(zip(split._images, split._labels)) for split in splits)
-    classes = [str(label) for label in range(config.classes)]
-    for split in splits:
-        for label, name in zip(sorted(set(split._labels)), split.classes):
-            if not 0 <= label < config.classes:
-                raise InputError(f'{split._anns_folder}: breed {label + 1} of {config.classes}; unpack the '
-                                 'annotations again')
-            classes[label] = name
-    train, val, note = draw(trainval, config)
-    return Task(*(Files(samples, resized(config)) for samples in (train, val, test)), classes, [note])
-
-
-def oxford_pets(config, split):
-    """One split of torchvision's OxfordIIITPet."""
-    try:
-        pictures = torchvision.datasets.OxfordIIITPet(config.data, split, download=True)
-    except Exception as error:  # no network, a moved file, a full disk, a cut annotation file
-        urls = ' and '.join(url for url, _ in torchvision.datasets.OxfordIIITPet._RESOURCES)
-        raise InputError(
-            f'Oxford-IIIT Pet is not, or not whole, in {Path(config.data) / "oxford-iiit-pet"} (images/, annotations/), '
-            f'and the download failed ({error}). Unpack {urls} there, or name their folder with --data; '
-            'python train.py alone needs no download') from None
-    if not len(pictures):
-        raise InputError(f'{pictures._anns_folder / split}.txt names no image; unpack the annotations again')
-    return pictures
-
-
-def draw(samples, config):
-    """The VTAB-1k protocol where its lists are missing: draw n_train and n_val of the samples, always the
-    same ones. With fewer samples than that, all of them, in the same proportions."""
-    wanted = config.n_train + config.n_val
-    n = min(wanted, len(samples))
-    n_val = round(n * config.n_val / wanted)
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
-    chosen = [samples[i] for i in order[:n]]
-    note = f'{n} of {len(samples)} training images, drawn by us: not the official VTAB-1k split'
-    if n < wanted:
-        note += f', and fewer than the {wanted} of the protocol'
-    return chosen[n_val:], chosen[:n_val], note
-
-
-def vtab_lists(root, config):
-    """VTAB-1k in the layout that circulates: images/, train800.txt, val200.txt, test.txt."""
-    train, val, test = (Files(read_list(root / name, config.classes), resized(config))
-                        for name in ('train800.txt', 'val200.txt', 'test.txt'))
-    return Task(train, val, test, [str(c) for c in range(config.classes)], [f'official lists in {root}'])
+        parts = [read_list(root / name, config.classes) for name in ('train800.txt', 'val200.txt', 'test.txt')]
+        return compared(parts, [str(c) for c in range(config.classes)], f'official lists in {root}', config)
+    if config.torchvision:
+        return drawn(config, root)
+    raise InputError(f'{root}: no such folder, and {config.task} cannot be downloaded; put images/, train800.txt, '
+                     'val200.txt and test.txt there (lines: FILE CLASS), or name the data folder with --data')
 
 
 def read_list(path, classes):
@@ -153,22 +147,207 @@ def read_list(path, classes):
     Raises InputError with the file and the line if a line has no class id below `classes`, or names a
     file outside of the folder."""
     try:
-        lines = path.read_text(encoding='utf-8').splitlines()
+        with open(path, encoding='utf-8') as file:
+            lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f'{path}: not a readable list of images ({error})') from None
     samples = []
     for number, line in enumerate(lines, start=1):
-        name, _, label = line.strip().rpartition(' ')
-        if not name or not label.isascii() or not label.isdigit():
+        match = re.fullmatch(r'(.+) ([0-9]{1,9})\s*', line)
+        if not match:
             raise InputError(f'{path}, line {number}: expected "FILE CLASS", not {line[:80]!r}')
-        if int(label) >= classes:
+        name, label = match[1], int(match[2])
+        if label >= classes:
             raise InputError(f'{path}, line {number}: class {label} of {classes}; ids count from 0')
-        if not (path.parent / name).resolve().is_relative_to(path.parent.resolve()):
-            raise InputError(f'{path}, line {number}: {name} lies outside of {path.parent}')
-        samples.append((path.parent / name, int(label)))
+        samples.append((inside(path.parent, name, f'{path}, line {number}'), label))
     if not samples:
         raise InputError(f'{path}: the list is empty')
     return samples
+
+
+def inside(folder, name, where):
+    """The path of a file that a list names. Raises InputError if the name leads out of the folder.
+
+    It is the name that is judged, not what is on disk: a link in the folder may lead elsewhere, since many
+    keep their images on another disk."""
+    if Path(name).is_absolute() or '..' in Path(name).parts:
+        raise InputError(f'{where}: {name!r} lies outside of {folder}')
+    return folder / name
+
+
+def compared(parts, classes, note, config):
+    """The task of three lists of samples. Where they are not what the settings say, a note does."""
+    notes = [note]
+    for name, samples, n in zip(('train', 'validate', 'test'), parts, (config.n_train, config.n_val, config.n_test)):
+        if len(samples) != n:
+            notes.append(f'{len(samples)} images to {name} on, and not {n}')
+    seen = {label for _, label in parts[0]}
+    if len(seen) < config.classes:
+        notes.append(f'{config.classes - len(seen)} of {config.classes} classes have no training image')
+    return Task(*(Files(samples, resized(config)) for samples in parts), classes, notes)
+
+
+# torchvision's data sets. Class: its folder in the data folder, where its files are from, what selects its
+# training split and, if it has one, its test split.
+TRAIN, TEST = {'split': 'train'}, {'split': 'test'}
+TORCHVISION = {
+    'CIFAR100': ('', 'https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz', {'train': True}, {'train': False}),
+    'Caltech101': ('caltech101', 'https://data.caltech.edu/records/mzrjq-6wc02', {}),
+    'DTD': ('dtd', 'https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz', TRAIN, TEST),
+    'Flowers102': ('flowers-102', 'https://www.robots.ox.ac.uk/~vgg/data/flowers/102/', TRAIN, TEST),
+    'OxfordIIITPet': ('oxford-iiit-pet', 'images.tar.gz and annotations.tar.gz of https://www.robots.ox.ac.uk/~vgg/'
+                      'data/pets/', {'split': 'trainval'}, TEST),
+    'SVHN': ('', 'http://ufldl.stanford.edu/housenumbers/', TRAIN, TEST),
+    'SUN397': ('', 'http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz', {}),
+    'PCAM': ('pcam', 'https://github.com/basveeling/pcam', TRAIN, TEST),
+    'EuroSAT': ('eurosat', 'https://huggingface.co/datasets/torchgeo/eurosat', {}),
+    'CLEVRClassification': ('clevr', 'https://dl.fbaipublicfiles.com/clevr/CLEVR_v1.0.zip', TRAIN,
+                            {'split': 'val'}),  # VTAB-1k's test: the classes of CLEVR's own are not public
+}
+
+
+def drawn(config, root):
+    """VTAB-1k's protocol on torchvision's data set, downloaded when missing: n_train and n_val images of its
+    training split, its whole test split. Where it has no splits, n_test images are held out first."""
+    splits, names = [], {}
+    for arguments in TORCHVISION[config.torchvision][2:]:
+        samples, classes = torchvision_split(config, root, arguments)
+        splits.append(samples)
+        names |= classes
+    if len(splits) == 1:
+        samples = shuffled(sorted(samples))  # sorted: a folder has no order of its own
+        splits = samples[config.n_test:], samples[:config.n_test]
+    train, val = draw(splits[0], config)
+    note = (f"torchvision's {config.torchvision}: {len(train + val)} of {len(splits[0])} training images, drawn by us: "
+            'not the official VTAB-1k split')
+    return compared((train, val, splits[1]), [names.get(i, str(i)) for i in range(config.classes)], note, config)
+
+
+def torchvision_split(config, root, arguments):
+    """Samples of one split of torchvision's data set, and the names of its classes by their ids."""
+    name, (folder, url, *_) = config.torchvision, TORCHVISION[config.torchvision]
+    folder = Path(config.data) / folder
+    try:
+        pictures = getattr(torchvision.datasets, name)(config.data, download=True, **arguments)
+        samples, classes = samples_of(pictures, name)
+    except Exception as error:  # no network, a moved file, a full disk, a cut annotation file
+        raise InputError(
+            f'{name} is not, or not whole, in {folder}, and could not be downloaded or read ({type(error).__name__}: '
+            f"{error}). Unpack {url} there, or VTAB-1k's lists and images into {root}, or name the data folder with "
+            '--data, or install the package that is missing; python train.py alone needs no download') from None
+    wrong = [f'{path} of class {label}' for path, label in samples if not 0 <= label < config.classes]
+    if wrong or not samples:
+        raise InputError(f'{folder}: {wrong[0] if wrong else "no image"} in {name} {list(arguments.values())}, whose '
+                         f'classes go from 0 to {config.classes - 1}; unpack it again')
+    ids = range(config.classes) if len(classes) == config.classes else sorted({label for _, label in samples})
+    return samples, dict(zip(ids, classes))
+
+
+def samples_of(pictures, name):
+    """Samples of a torchvision data set and the names of its classes, as far as it has them. A picture that
+    is a file goes by its path, another by its place."""
+    if name == 'Caltech101':  # torchvision leaves out the background, which VTAB-1k counts as a class
+        pictures = ImageFolder(Path(pictures.root) / '101_ObjectCategories')
+    if isinstance(pictures, ImageFolder):  # EuroSAT too
+        return pictures.samples, pictures.classes
+    found = vars(pictures)
+    paths = found.get('_images', found.get('_image_files', [Place(pictures, i) for i in range(len(pictures))]))
+    labels = found.get('_labels', found.get('labels', found.get('targets')))
+    if name == 'PCAM':
+        with pictures.h5py.File(pictures._base_folder / pictures._FILES[pictures._split]['targets'][0]) as file:
+            labels = file['y'][:].ravel()
+    first = 3 if name == 'CLEVRClassification' else 0  # CLEVR counts 3 to 10 objects
+    return [(path, int(label) - first) for path, label in zip(paths, labels)], getattr(pictures, 'classes', [])
+
+
+def shuffled(samples):
+    """The samples in random order, always the same one."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    return [samples[i] for i in order]
+
+
+def draw(samples, config):
+    """n_train and n_val of the samples, always the same ones. With fewer samples than that, all of them, in
+    the same proportions."""
+    wanted = config.n_train + config.n_val
+    n_val = round(min(wanted, len(samples)) * config.n_val / wanted)
+    chosen = shuffled(samples)[:wanted]
+    return chosen[n_val:], chosen[:n_val]
+
+
+# ---- FGVC: 5 tasks --------------------------------------------------------------------------------------
+
+
+def fgvc(config):
+    """Fine-grained classification with VPT's lists: fgvc/DIR/ in the data folder, with train.json, val.json
+    and test.json, and the images in its subfolder `images`. Classes are those of train.json, in order."""
+    root = Path(config.data) / 'fgvc' / config.dir
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; put {config.task} there, and VPT's train.json, val.json and "
+                         f'test.json, with images in {root / config.images}; or name the data folder with --data')
+    files = [root / name for name in ('train.json', 'val.json', 'test.json')]
+    parts = [read_json(file, root / config.images) for file in files]
+    ids = {label: i for i, label in enumerate(sorted({label for _, label in parts[0]}))}
+    if len(ids) > config.classes:
+        raise InputError(f'{files[0]}: {len(ids)} classes, and not {config.classes}')
+    for file, samples in zip(files, parts):
+        if unknown := sorted({label for _, label in samples} - set(ids)):
+            raise InputError(f'{file}: class {unknown[0]} is not in {files[0].name}')
+    parts = [[(path, ids[label]) for path, label in samples] for samples in parts]
+    return compared(parts, [str(label) for label in ids], f"VPT's lists in {root}", config)
+
+
+def read_json(path, folder):
+    """Samples of a JSON object from file name, relative to the folder, to class id."""
+    try:
+        pairs = json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=tuple)  # a dict would drop some
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f'{path}: not a readable JSON list of images ({error})') from None
+    if type(pairs) is not tuple or not pairs:
+        raise InputError(f'{path}: expected a JSON object {{"FILE": CLASS, ...}} with an image at least')
+    samples = {}
+    for name, label in pairs:
+        if type(label) not in (int, str) or not re.fullmatch('[0-9]{1,9}', str(label)):
+            raise InputError(f'{path}: the class of {name!r} is a number from 0, not {str(label)[:80]!r}')
+        if (file := inside(folder, name, path)) in samples:
+            raise InputError(f'{path}: {name!r} stands there twice')
+        samples[file] = int(label)
+    return list(samples.items())
+
+
+# ---- A folder of your own -------------------------------------------------------------------------------
+
+
+def folders(config):
+    """Images of your own: train/CLASS/*, test/CLASS/* and, if it is there, val/CLASS/* in the data folder.
+    Without val/, a fifth of train takes its place, always the same one."""
+    root, note = Path(config.data), f'images in {config.data}'
+    train, classes = read_folder(root / 'train')
+    test, val = read_folder(root / 'test', classes)[0], None
+    if config.classes not in (0, len(classes)):
+        raise InputError(f'{root / "train"}: {len(classes)} classes, and not {config.classes}')
+    if (root / 'val').is_dir():
+        val = read_folder(root / 'val', classes)[0]
+    else:
+        train = shuffled(train)
+        val, train = train[:len(train) // 5], train[len(train) // 5:]
+        note += f'; there is no val/: {len(val)} of the training images, drawn by us, are for validation'
+    return Task(*(Files(samples, resized(config)) for samples in (train, val, test)), classes, [note])
+
+
+def read_folder(path, classes=None):
+    """Samples of a folder with a folder of images for each class, and the classes. With `classes`, ids are
+    places in these, and another one raises InputError."""
+    try:
+        found = ImageFolder(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f'{path}: no folder of images by class ({error}); it should hold CLASS/*.jpg') from None
+    if len({os.path.realpath(file) for file, _ in found.samples}) < len(found.samples):
+        raise InputError(f'{path}: a file is there twice by way of a link; is there a link that leads back?')
+    classes = found.classes if classes is None else classes
+    if unknown := sorted(set(found.classes) - set(classes)):
+        raise InputError(f'{path / unknown[0]}: no such class in {path.parent / "train"}')
+    return [(file, classes.index(found.classes[label])) for file, label in found.samples], classes
 
 
 # ---- Pictures of shapes: a world that needs no download -------------------------------------------------
@@ -234,7 +413,7 @@ def cover(kind, radius, row, column, size):
     return (radius[:, None, None].astype(np.float32) - distance + 0.5).clip(0, 1)[:, None]
 
 
-SOURCES = {'pets': pets, 'shapes': shapes}
+SOURCES = {'vtab': vtab, 'fgvc': fgvc, 'folder': folders, 'shapes': shapes}
 
 # ---- Batches --------------------------------------------------------------------------------------------
 

@@ -161,6 +161,8 @@ def run(config, again=False):
                          'n_train and n_val, and at the lists of the data set')
     header(config, task, model, device)
     learn = data.in_memory(learn, config)
+    for pictures in (learn, score):
+        data.check(pictures, config)
     records = [] if again else resume(folder, model, optimizer, config, device)
     if again:
         start_over(folder)
@@ -617,11 +619,11 @@ def nearest(name, known):
 # What a number has to be. Every other one has only a type.
 RANGES = {'lr': (1e-12, 1e6), 'weight_decay': (0, 1e6), 'momentum': (0, 1), 'warmup': (0, 0.99),
           'epochs': (1, 10 ** 6), 'batch': (1, 10 ** 6), 'workers': (0, 1024), 'seed': (0, 2 ** 31),
-          'classes': (1, 10 ** 6), 'n_train': (1, 10 ** 8), 'n_val': (0, 10 ** 8), 'n_test': (1, 10 ** 8),
+          'classes': (0, 10 ** 6), 'n_train': (1, 10 ** 8), 'n_val': (0, 10 ** 8), 'n_test': (1, 10 ** 8),
           'img_size': (0, 10 ** 4), 'noise': (0, 1e4), 'rate': (0, 1), 'n_shapes': (1, 6), 'cache_gb': (0, 1e6)}
 CHOICES = {'tune': ('prompts', 'head', 'all'), 'reinforcement': ('topk', 'none'), 'score_on': ('test', 'val'),
            'augment': ('crop_flip', 'none'), 'optimizer': ('SGD', 'AdamW'), 'save_dtype': ('float32', 'float16'),
-           'structure': ivpt.STRUCTURES, 'source': tuple(data.SOURCES)}
+           'structure': ivpt.STRUCTURES, 'source': tuple(data.SOURCES), 'torchvision': ('', *data.TORCHVISION)}
 
 
 def checked(key, value, defaults, where):

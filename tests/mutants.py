@@ -21,6 +21,7 @@ VPT, CDC, ALPHA, AR = ('test_3_1_vit_and_vpt', 'test_3_3_cdc_and_da', 'test_3_4_
                        'test_3_5_attentive_reinforcement')
 LOOP, DATA, COUNTS, FILES, INPUT = ('test_4_1_training', 'test_4_1_data', 'test_4_accounting', 'test_weights',
                                     'test_bad_input')
+FORMATS = 'test_4_data_formats'
 
 # (the mistake, the file, the text that is right, the text that is wrong, the test file that should notice)
 MUTANTS = [
@@ -127,8 +128,26 @@ MUTANTS = [
     ('test images are augmented', 'data.py', "if epoch is None or config.augment == 'none'", "if config.augment == 'none'", DATA),
     ('every epoch is the same', 'data.py', 'config.seed + (epoch or 0)', 'config.seed', DATA),
     ('mean and std are not in units of 255', 'data.py', '(255 * torch.tensor(x, device', '(torch.tensor(x, device', DATA),
-    ('the test split is the training split', 'data.py', "for name in ('trainval', 'test')", "for name in ('trainval', 'trainval')", DATA),
-    ('class ids count from 1', 'data.py', '(path.parent / name, int(label))', '(path.parent / name, int(label) - 1)', DATA),
+    ('the test split is the training split', 'data.py', '(train, val, splits[1])', '(train, val, splits[0])', DATA),
+    ('class ids count from 1', 'data.py', "line {number}'), label))", "line {number}'), label - 1))", DATA),
+    # the data sets
+    ('a name in a list may lead out of the folder', 'data.py', " or '..' in Path(name).parts", '', FORMATS),
+    ('what differs from the paper is not noted', 'data.py', 'if len(samples) != n:', 'if False:', FORMATS),
+    ('the images that are held out are trained on', 'data.py', 'splits = samples[config.n_test:],', 'splits = samples,', FORMATS),
+    ('what is held out depends on the order on disk', 'data.py', 'shuffled(sorted(samples))', 'shuffled(samples)', FORMATS),
+    ("CLEVR's class is the number of objects", 'data.py', 'first = 3 if', 'first = 0 if', FORMATS),
+    ("Caltech101's background is left out", 'data.py', "if name == 'Caltech101':", 'if False:', FORMATS),
+    ('classes of FGVC in the order of the list', 'data.py', 'enumerate(sorted({label for _, label in parts[0]}))',
+     'enumerate(dict.fromkeys(label for _, label in parts[0]))', FORMATS),
+    ('a JSON list may name an image twice', 'data.py', 'object_pairs_hook=tuple', 'object_pairs_hook=lambda x: tuple(dict(x).items())', FORMATS),
+    ("classes of a folder's test are counted in test", 'data.py', '(file, classes.index(found.classes[label]))', '(file, label)', FORMATS),
+    ("a folder's val is trained on before the final run", 'data.py', 'train[:len(train) // 5], train[len(train) // 5:]', 'train[:len(train) // 5], train', FORMATS),
+    ('a circle of links multiplies the images', 'data.py', 'if len({os.path.realpath(file)', 'if False and len({os.path.realpath(file)', FORMATS),
+    ('a link to a folder of images is refused', 'data.py', "Path(name).is_absolute() or", 'not (folder / name).resolve().is_relative_to(folder.resolve()) or', FORMATS),
+    ('an error does not say which image of an array it was', 'data.py', ', image {self.index}', '', FORMATS),
+    ('only the first of two sets is checked', 'data.py', 'in pictures.datasets if', 'in pictures.datasets[:1] if', FORMATS),
+    ('every run checks every image again', 'data.py', 'DECODED.update(path for path, _ in new)', 'pass', FORMATS),
+    ('KITTI is cropped and flipped', 'configs.yaml', 'n_test: 711, N: 50, k: 10, augment: none', 'n_test: 711, N: 50, k: 10', FORMATS),
 ]
 
 

@@ -1,5 +1,6 @@
 """What the tests of section 4 share: small settings, and fake data sets in the real layouts."""
 
+from inspect import ismodule
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,9 @@ def oxford(data, trainval=30, test=12, labels=(1, 2, 3)):
     return folder
 
 
-def vtab(data, train800=8, val200=3, test=5, classes=37):
-    """A small Pets in the layout of VTAB-1k's lists, labels from 0. Returns its folder."""
-    folder = data / 'vtab-1k' / 'oxford_iiit_pet'
+def vtab(data, train800=8, val200=3, test=5, classes=37, name='oxford_iiit_pet'):
+    """A small data set, Pets if no other is named, in the layout of VTAB-1k's lists. Returns its folder."""
+    folder = data / 'vtab-1k' / name
     for part, (split, n) in enumerate([('train800', train800), ('val200', val200), ('test', test)]):
         names = [(f'images/{split}/{i:06d}.jpg', (part + i) % classes) for i in range(n)]
         for i, (name, _) in enumerate(names):
@@ -63,4 +64,6 @@ def no_network(monkeypatch):
     """Downloads fail at once. A test module imports this by name."""
     def fail(url, *args, **kwargs):
         raise OSError('no network in tests')
-    monkeypatch.setattr(torchvision.datasets.oxford_iiit_pet, 'download_and_extract_archive', fail)
+    for module in filter(ismodule, vars(torchvision.datasets).values()):
+        for name in ('download_and_extract_archive', 'download_url', 'download_file_from_google_drive'):
+            monkeypatch.setattr(module, name, fail, raising=False)

@@ -369,7 +369,7 @@ def test_the_later_one_of_defaults_model_task_method_and_command_line_wins():
         say = {layer: {'epochs': 11 + j} for j, layer in enumerate(layers[:i])}
         configs = {'defaults': defaults | {'epochs': 10},
                    'models': {'vit_tiny_patch8_32': say.get('models', {})},
-                   'tasks': {'t': say.get('tasks', {})}, 'methods': {'m': say.get('methods', {})}}
+                   'tasks': {'t': say.get('tasks', {})}, 'methods': {'m': say.get('methods', {})}, 'paper': {}}
         config, = train.settings(configs, 't', 'm', changes=say.get('changes'))
         assert config.epochs == 10 + i
 
@@ -402,7 +402,7 @@ def test_options_of_their_own_win_over_set(monkeypatch):
 
 
 def test_every_task_model_and_method_of_configs_yaml_is_made_of_settings_that_are_known():
-    assert set(CONFIGS) == {'defaults', 'models', 'tasks', 'methods'}
+    assert set(CONFIGS) == {'defaults', 'models', 'tasks', 'groups', 'methods', 'paper'}
     for task in CONFIGS['tasks']:
         for method in CONFIGS['methods']:
             for model in CONFIGS['models']:

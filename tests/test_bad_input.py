@@ -40,7 +40,7 @@ def pets(tmp_path, refusal):
 
 @pytest.mark.parametrize('argv, said', [
     (['--task', 'pet'], "unknown task 'pet': did you mean 'pets'?"),
-    (['--task', 'cars'], "unknown task 'cars': one of pets"),
+    (['--task', 'yachts'], "unknown task 'yachts': one of cifar100"),
     (['--task', 'pets,'], "unknown task ''"),
     (['--method', 'ivtp'], "unknown method 'ivtp': did you mean 'ivpt'?"),
     (['--method', 'ivpt,magic'], "unknown method 'magic': one of full, linear, vpt"),
@@ -85,7 +85,7 @@ def test_a_wrong_command_line_is_refused_with_the_nearest_known_name(argv, said,
     ('reinforcement=all', 'reinforcement is one of topk, none'),
     ('optimizer=Adam', 'optimizer is one of SGD, AdamW'),
     ('augment=flip', 'augment is one of crop_flip, none'),
-    ('source=cifar', 'source is one of pets, shapes'),
+    ('source=cifar', 'source is one of vtab, fgvc, folder, shapes'),
     ('ask=pink', 'pink'),
     ('tune=some', 'tune is one of prompts, head, all'),
     ('score_on=train', 'score_on is one of test, val'),
@@ -140,14 +140,14 @@ def test_an_annotation_file_that_is_cut_is_refused_by_name(tmp_path, pets):
 
 def test_an_annotation_file_without_a_picture_is_refused(tmp_path, pets):
     (oxford(tmp_path) / 'annotations' / 'trainval.txt').write_text('')
-    assert 'trainval.txt names no image' in pets()
+    assert 'no image in OxfordIIITPet' in pets()
 
 
 @pytest.mark.parametrize('label', [0, 38, 99])
 def test_an_annotation_with_a_breed_out_of_range_is_refused(label, tmp_path, pets):
     file = oxford(tmp_path) / 'annotations' / 'trainval.txt'
     file.write_text(file.read_text().replace(' 2 1 1', f' {label} 1 1', 1))
-    assert str(label) in pets()
+    assert f'of class {label - 1} in OxfordIIITPet' in pets()
 
 
 @pytest.mark.parametrize('line, said', [
@@ -157,6 +157,7 @@ def test_an_annotation_with_a_breed_out_of_range_is_refused(label, tmp_path, pet
     ('images/train800/000001.jpg 1.0', 'expected "FILE CLASS"'),
     ('images/train800/000001.jpg ٣', 'expected "FILE CLASS"'),
     ('', 'expected "FILE CLASS"'),
+    ('images/train800/000001.jpg ' + 5000 * '9', 'expected "FILE CLASS"'),
     ('7', 'expected "FILE CLASS"'),
     ('images/train800/000001.jpg 37', 'class 37 of 37; ids count from 0'),
     ('../../../secret.jpg 1', 'lies outside of'),
