@@ -401,7 +401,7 @@ def test_options_of_their_own_win_over_set(monkeypatch):
 
 
 def test_every_task_model_and_method_of_configs_yaml_is_made_of_settings_that_are_known():
-    assert set(CONFIGS) == {'defaults', 'models', 'tasks', 'methods'}
+    assert set(CONFIGS) == {'defaults', 'models', 'tasks', 'methods', 'paper'}
     for task in CONFIGS['tasks']:
         for method in CONFIGS['methods']:
             for model in CONFIGS['models']:
