@@ -232,8 +232,8 @@ class IVPT(nn.Module):
         for l, layer in enumerate(self.vit.blocks[:-1]):
             tokens, w = layer(tokens, P_hat[l])  # Eq. 3, w [B, 1 + M + N]
             if self.P_re is not None:
-                w = w[:, 1:1 + self.M]  # among the image tokens
-                Omega = top_k(w, self.k) if self.reinforcement == 'topk' else all_tokens(w)  # Eq. 14
+                w_Z = w[:, 1:1 + self.M]  # among the image tokens
+                Omega = top_k(w_Z, self.k) if self.reinforcement == 'topk' else all_tokens(w_Z)  # Eq. 14
                 tokens = reinforce(tokens, 1 + Omega, self.P_re[l])  # Eq. 15, z_cls stands at 0
         z_cls, Z = tokens.split([1, self.M], dim=1)
         z_cls, _ = self.vit.blocks[-1](z_cls, Z, P_hat[-1])  # Eq. 3
