@@ -8,6 +8,7 @@ explained on top of vit.py. "Eq. 5" always means the paper's.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vit import InputError, init_linear
@@ -30,6 +31,11 @@ def psi(gamma, P):
 
     The paper writes ψ as "dynamic"; γ is learned and the same for every image."""
     return gamma @ P
+
+
+def vanilla_cdc(P):
+    """4.3, (D) of Figure 3. P̂^l = P^l + P̂^{l-1} = Σ_{i<=l} P^i: prompts P [L, N, D] -> P̂ [L, N, D]."""
+    return P.cumsum(dim=0)
 
 
 # ---- 3.4 Understanding cross-layer dynamic connection ---------------------------------------------------
@@ -81,25 +87,74 @@ def reinforce(Z, Omega, P_re):
     return Z.scatter_add(1, Omega.unsqueeze(-1).expand(B, k, D), P_re.expand(B, k, D))
 
 
+def all_tokens(w):
+    """Ω of Table 4's "All": every position, in order and whatever the weights: [..., M] -> [..., M]."""
+    return torch.arange(w.shape[-1], device=w.device).expand(w.shape)
+
+
+# ---- 4.3 Prompts that are inherited, (B) and (C) of Figure 3 --------------------------------------------
+
+
+def add_last(x, P):
+    """Add prompts P [N, D] to the last N of the tokens x [B, T, D], where P̂ stands. The others stay."""
+    return x + F.pad(P, (0, 0, x.shape[1] - len(P), 0))
+
+
+class Express(nn.Module):
+    """The residuals of EXPRESS (Das et al., 2023) in one layer, for N prompts that are D wide.
+
+    Each is added where the prompts stand to what a part of the layer puts out: norm1 [N, D], qkv [N, 3 D],
+    and proj [N, D], the projection after MSA. They start at 0, so that EXPRESS starts as VPT-shallow. Nobody
+    reads the last layer's proj: it is there because the paper's 0.98M count it."""
+
+    def __init__(self, N, D):
+        super().__init__()
+        self.norm1 = nn.Parameter(torch.zeros(N, D))
+        self.qkv = nn.Parameter(torch.zeros(N, 3 * D))
+        self.proj = nn.Parameter(torch.zeros(N, D))
+
+    def forward(self, layer, tokens):
+        """A layer (vit.Layer), written out, for [z_cls, Z, P̂], [B, T, D]; returns what the layer does."""
+        x = add_last(layer.norm1(tokens), self.norm1)
+        q, k, v = layer.attn.split(add_last(layer.attn.qkv(x), self.qkv))  # [B, N_h, T, d]
+        with torch.no_grad():
+            w = (q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(dim=1).squeeze(1)  # [B, T]
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, T, D]
+        tokens = tokens + add_last(layer.attn.proj(attended), self.proj)
+        return tokens + layer.mlp(layer.norm2(tokens)), w
+
+
 # ---- The model ------------------------------------------------------------------------------------------
 
-STRUCTURES = ('vpt', 'cdc')  # (A) and (E) of Figure 3
-REINFORCEMENTS = ('topk', 'none')  # Table 4
+STRUCTURES = ('vpt_shallow', 'vpt', 'provp', 'express', 'vanilla_cdc', 'cdc')  # in the order of Figure 3
+INHERITED = ('vpt_shallow', 'provp', 'express')  # those whose prompts are tokens, updated by every layer
+REINFORCEMENTS = ('topk', 'all', 'none')  # Table 4
 
 
 class IVPT(nn.Module):
     """A frozen ViT that is tuned by prompts: images [B, 3, H, W] -> logits [B, C].
 
     N: prompts a layer. k: image tokens that AR reinforces.
-    structure: 'vpt' (VPT-deep, Eq. 2) or 'cdc' (Eq. 3). aggregation: with DA (Eq. 5) or without (Eq. 4).
-    reinforcement: 'topk' (AR, Eq. 14 and 15) or 'none'.
+    structure: what enters layer l as P̂^l, with its letter in Figure 3. 𝒯(P̂) is what a layer puts out at the
+    prompts' places; there images have a part in P̂. The shape of P, and how many parameters there are:
+
+        vpt_shallow      P̂^0 = P^0, P̂^l = 𝒯^{l-1}(P̂^{l-1})    [1, N, D]   N D
+        vpt          (A) P̂^l = P^l, Eq. 2                       [L, N, D]   N D L
+        provp        (B) P̂^l = P^l + 𝒯^{l-1}(P̂^{l-1})          [L, N, D]   N D L
+        express      (C) as vpt_shallow, with residuals         [1, N, D]   N D (5 L + 1)
+        vanilla_cdc  (D) P̂^l = P^l + P̂^{l-1}                   [L, N, D]   N D L
+        cdc          (E) P̂^l = P^l + P^{l-1}, Eq. 4             [L, N, D]   N D L, and N² (L - 1) for DA
+
+    aggregation: CDC with DA (Eq. 5) or without (Eq. 4).
+    reinforcement: 'topk' (AR, Eq. 14 and 15), 'all' (Table 4: every image token, k = M) or 'none'.
 
     All that is trained, and all that requires a gradient:
 
-        P      [L, N, D]      prompts P^l
-        gamma  [L-1, N, N]    γ^l, how layer l+1 mixes in P^l; only with aggregation
-        P_re   [L-1, k, D]    reinforcing prompts; only with reinforcement
-        head   D -> C         linear, with bias
+        P        [L, N, D]      prompts P^l, or [1, N, D]
+        express  L of Express   [N, D], [N, 3 D] and [N, D]; only with structure 'express'
+        gamma    [L-1, N, N]    γ^l, how layer l+1 mixes in P^l; only with aggregation
+        P_re     [L-1, k, D]    reinforcing prompts; only with reinforcement, and k = M if it is 'all'
+        head     D -> C         linear, with bias
 
     What happens inside, layer by layer, is told by `look`.
 
@@ -112,6 +167,8 @@ class IVPT(nn.Module):
       layer's own, prompts included, as they are in the sequence.
     - AR acts between layers, so L-1 times: "subsequently input into the next transformer layer", and only
       so are Table 8's 0.18M for AR met (tests/test_4_accounting.py).
+    - EXPRESS's residuals are on the outputs of the three parts, as the text of 4.3 and Das et al. have it;
+      Figure 3's caption says before. The class token is classified, as everywhere here.
 
     Raises ValueError if the numbers do not fit the ViT or each other.
     """
@@ -127,16 +184,21 @@ class IVPT(nn.Module):
             raise InputError(f"aggregation is a part of structure 'cdc' and not of {structure!r}: turn it off")
         if reinforcement not in REINFORCEMENTS:
             raise InputError(f'unknown reinforcement {reinforcement!r}: one of {", ".join(REINFORCEMENTS)}')
+        if reinforcement != 'none' and structure in INHERITED:
+            raise InputError(f'reinforcement is not made for the inherited prompts of {structure!r}: turn it off')
         if reinforcement == 'topk' and not 1 <= k <= vit.M:
             raise InputError(f'AR can reinforce 1 to M={vit.M} of the image tokens, not k={k}')
         self.vit = vit.requires_grad_(False)
-        self.M, self.k, self.structure = vit.M, k, structure
+        self.M, self.k, self.structure, self.reinforcement = vit.M, k, structure, reinforcement
         L, D = vit.L, vit.D
 
         bound = (6 / (3 * vit.patch_size ** 2 + D)) ** 0.5
-        self.P = nn.Parameter(torch.empty(L, N, D).uniform_(-bound, bound))
+        first = structure in ('vpt_shallow', 'express')  # the first layer's prompts are the only ones
+        self.P = nn.Parameter(torch.empty(1 if first else L, N, D).uniform_(-bound, bound))
+        self.express = nn.ModuleList(Express(N, D) for _ in range(L)) if structure == 'express' else None
         self.gamma = nn.Parameter(torch.eye(N).repeat(L - 1, 1, 1)) if aggregation else None
-        self.P_re = nn.Parameter(torch.zeros(L - 1, k, D)) if reinforcement == 'topk' else None
+        k = vit.M if reinforcement == 'all' else k
+        self.P_re = nn.Parameter(torch.zeros(L - 1, k, D)) if reinforcement != 'none' else None
         self.head = nn.Linear(D, num_classes)
         init_linear(self.head)
         self.train()
@@ -148,9 +210,12 @@ class IVPT(nn.Module):
         return self
 
     def prompts(self):
-        """P̂ [L, N, D], the prompts that enter the layers. No image has a part in them."""
+        """P̂ [L, N, D], the prompts that enter the layers, unless they are inherited. No image has a part in
+        them."""
         if self.structure == 'vpt':
             return self.P
+        if self.structure == 'vanilla_cdc':
+            return vanilla_cdc(self.P)
         return cdc(self.P) if self.gamma is None else cdc_da(self.P, self.gamma)
 
     def forward(self, images):
@@ -160,16 +225,35 @@ class IVPT(nn.Module):
         places. Nobody reads the image tokens that the last layer puts out either: there the class token
         asks, and all others are context. The tests hold both against the literal concatenation.
         """
+        if self.structure in INHERITED:
+            return self.head(self.vit.norm(self.inherit(images)))
         P_hat = self.prompts().unbind()  # L of [N, D]
         tokens = self.vit.embed(images)  # [z_cls, Z], [B, 1 + M, D]
         for l, layer in enumerate(self.vit.blocks[:-1]):
             tokens, w = layer(tokens, P_hat[l])  # Eq. 3, w [B, 1 + M + N]
             if self.P_re is not None:
-                Omega = top_k(w[:, 1:1 + self.M], self.k)  # Eq. 14, among the image tokens
+                w_Z = w[:, 1:1 + self.M]  # among the image tokens
+                Omega = top_k(w_Z, self.k) if self.reinforcement == 'topk' else all_tokens(w_Z)  # Eq. 14
                 tokens = reinforce(tokens, 1 + Omega, self.P_re[l])  # Eq. 15, z_cls stands at 0
         z_cls, Z = tokens.split([1, self.M], dim=1)
         z_cls, _ = self.vit.blocks[-1](z_cls, Z, P_hat[-1])  # Eq. 3
         return self.head(self.vit.norm(z_cls.squeeze(1)))
+
+    def inherit(self, images):
+        """The last layer's z_cls [B, D] where prompts are inherited: P̂ are the last N tokens, [z_cls, Z, P̂],
+        and take the way of all tokens through the layers."""
+        tokens = self.vit.embed(images)
+        tokens = torch.cat([tokens, self.P[0].expand(len(tokens), -1, -1)], dim=1)  # [B, 1 + M + N, D]
+        for l, layer in enumerate(self.vit.blocks):
+            if self.structure == 'provp' and l > 0:
+                tokens = add_last(tokens, self.P[l])  # P̂^l = P^l + 𝒯^{l-1}(P̂^{l-1})
+            if self.structure == 'express':
+                tokens, _ = self.express[l](layer, tokens)
+            elif l + 1 < len(self.vit.blocks):
+                tokens, _ = layer(tokens)
+            else:
+                tokens, _ = layer(tokens[:, :1], tokens[:, 1:])  # only z_cls is read
+        return tokens[:, 0]
 
 
 @torch.no_grad()
@@ -177,18 +261,22 @@ def look(model, images):
     """What an IVPT, or a plain ViT, does with images [B, 3, H, W]. Made by hooks: `forward` is as it is.
 
     A dict: `logits` [B, C]; `w` [B, L, M], the class token's attention over the image tokens in each layer
-    (w̃ of Eq. 14); `Omega` [B, L-1, k], the reinforced tokens, or None without AR; `P_hat` [L, N, D], the
-    prompts that enter the layers, or None without prompts."""
-    vit, rows = getattr(model, 'vit', model), []
-    hooks = [layer.register_forward_hook(lambda layer, inputs, outputs: rows.append(outputs[1]))
-             for layer in vit.blocks]
+    (w̃ of Eq. 14); `Omega` [B, L-1, k], the image tokens that top-k chose, or None; `P_hat`, the prompts that
+    enter the layers, [L, N, D], or [B, L, N, D] if they are inherited, or None without prompts."""
+    vit, P, rows, P_hat = getattr(model, 'vit', model), getattr(model, 'P', None), [], []
+
+    def hook(layer, inputs, outputs):
+        rows.append(outputs[1])
+        P_hat.append(None if P is None else inputs[-1][..., -P.shape[1]:, :])  # [N, D] or [B, N, D]
+
+    layers = getattr(model, 'express', None) or vit.blocks
+    hooks = [layer.register_forward_hook(hook) for layer in layers]
     try:
         logits = model(images)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
     w = torch.stack([row[:, 1:1 + vit.M] for row in rows], dim=1)
-    reinforced = getattr(model, 'P_re', None) is not None
     return {'logits': logits, 'w': w,
-            'Omega': top_k(w[:, :-1], model.k) if reinforced else None,
-            'P_hat': model.prompts() if vit is not model else None}
+            'Omega': top_k(w[:, :-1], model.k) if getattr(model, 'reinforcement', '') == 'topk' else None,
+            'P_hat': torch.stack(P_hat, dim=-3) if P is not None else None}

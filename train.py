@@ -129,6 +129,9 @@ def make_model(config, classes):
                          config.reinforcement)
     if config.tune == 'head':
         model.requires_grad_(False).head.requires_grad_(True)
+    if config.tune == 'bias':  # BitFit (Zaken et al., 2022)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.endswith('.bias') or name.startswith('head.'))
     return model
 
 
@@ -621,9 +624,10 @@ RANGES = {'lr': (1e-12, 1e6), 'weight_decay': (0, 1e6), 'momentum': (0, 1), 'war
           'epochs': (1, 10 ** 6), 'batch': (1, 10 ** 6), 'workers': (0, 1024), 'seed': (0, 2 ** 31),
           'classes': (0, 10 ** 6), 'n_train': (1, 10 ** 8), 'n_val': (0, 10 ** 8), 'n_test': (1, 10 ** 8),
           'img_size': (0, 10 ** 4), 'noise': (0, 1e4), 'rate': (0, 1), 'n_shapes': (1, 6), 'cache_gb': (0, 1e6)}
-CHOICES = {'tune': ('prompts', 'head', 'all'), 'reinforcement': ('topk', 'none'), 'score_on': ('test', 'val'),
+CHOICES = {'tune': ('prompts', 'bias', 'head', 'all'), 'score_on': ('test', 'val'),
            'augment': ('crop_flip', 'none'), 'optimizer': ('SGD', 'AdamW'), 'save_dtype': ('float32', 'float16'),
-           'structure': ivpt.STRUCTURES, 'source': tuple(data.SOURCES), 'torchvision': ('', *data.TORCHVISION)}
+           'structure': ivpt.STRUCTURES, 'reinforcement': ivpt.REINFORCEMENTS, 'source': tuple(data.SOURCES),
+           'torchvision': ('', *data.TORCHVISION)}
 
 
 def checked(key, value, defaults, where):

@@ -19,6 +19,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 VPT, CDC, ALPHA, AR = ('test_3_1_vit_and_vpt', 'test_3_3_cdc_and_da', 'test_3_4_reweighting',
                        'test_3_5_attentive_reinforcement')
+STRUCT = 'test_4_3_structures'
 LOOP, DATA, COUNTS, FILES, INPUT = ('test_4_1_training', 'test_4_1_data', 'test_4_accounting', 'test_weights',
                                     'test_bad_input')
 FORMATS = 'test_4_data_formats'
@@ -62,8 +63,8 @@ MUTANTS = [
     ('a γ for the first layer too', 'ivpt.py', 'repeat(L - 1, 1, 1)', 'repeat(L, 1, 1)', COUNTS),
     ('P starts within a bound of p and not p²', 'ivpt.py', '3 * vit.patch_size ** 2 + D', '3 * vit.patch_size + D', CDC),
     # 3.4, re-weighting
-    ('Eq. 7 with sqrt(D)', 'ivpt.py', '/ q.shape[-1] ** 0.5)', '/ p.shape[-1] ** 0.5)', ALPHA),
-    ('Eq. 7 without its scale', 'ivpt.py', ' / q.shape[-1] ** 0.5)', ')', ALPHA),
+    ('Eq. 7 with sqrt(D)', 'ivpt.py', '.squeeze(-1) / q.shape[-1] ** 0.5)', '.squeeze(-1) / p.shape[-1] ** 0.5)', ALPHA),
+    ('Eq. 7 without its scale', 'ivpt.py', '.squeeze(-1) / q.shape[-1] ** 0.5)', '.squeeze(-1))', ALPHA),
     ('Eq. 10 with w and α̃ exchanged', 'ivpt.py', 'attention_weight(q, W_K, p), attention_weight(q, W_K, p_previous)',
      'attention_weight(q, W_K, p_previous), attention_weight(q, W_K, p)', ALPHA),
     ('Eq. 12 with γ_ji', 'ivpt.py', 'gamma.unsqueeze(-1) * p_previous', 'gamma.mT.unsqueeze(-1) * p_previous', ALPHA),
@@ -99,6 +100,27 @@ MUTANTS = [
     ('the backbone leaves eval mode', 'ivpt.py', '        self.vit.eval()\n', '', VPT),
     ('no prompts are allowed', 'ivpt.py', 'N < 1 or', 'N < 0 or', INPUT),
     ('more reinforcing prompts than image tokens are allowed', 'ivpt.py', '1 <= k <= vit.M', '1 <= k <= 10 * vit.M', INPUT),
+    # 4.3, the other structures
+    ('vanilla CDC sums the layers that follow', 'ivpt.py', 'return P.cumsum(dim=0)', 'return P.flip(0).cumsum(dim=0).flip(0)', STRUCT),
+    ('vanilla CDC sums prompts of one layer', 'ivpt.py', 'return P.cumsum(dim=0)', 'return P.cumsum(dim=1)', STRUCT),
+    ('vanilla CDC leaves out its own prompts', 'ivpt.py', 'return P.cumsum(dim=0)', 'return P.cumsum(dim=0) - torch.cat([0 * P[:1], P[1:]])', STRUCT),
+    ('ProVP adds the prompts of the layer before', 'ivpt.py', 'add_last(tokens, self.P[l])', 'add_last(tokens, self.P[l - 1])', STRUCT),
+    ('ProVP adds P^0 twice', 'ivpt.py', "self.structure == 'provp' and l > 0", "self.structure == 'provp'", STRUCT),
+    ('ProVP replaces what is inherited, as VPT does', 'ivpt.py', 'tokens = add_last(tokens, self.P[l])',
+     'tokens = torch.cat([tokens[:, :-self.P.shape[1]], self.P[l].expand(len(tokens), -1, -1)], dim=1)', STRUCT),
+    ('residuals are added where the class token stands', 'ivpt.py', '(0, 0, x.shape[1] - len(P), 0)', '(0, 0, 0, x.shape[1] - len(P))', STRUCT),
+    ('EXPRESS adds before LayerNorm', 'ivpt.py', 'add_last(layer.norm1(tokens), self.norm1)', 'layer.norm1(add_last(tokens, self.norm1))', STRUCT),
+    ('EXPRESS adds before the projection after MSA', 'ivpt.py', 'add_last(layer.attn.proj(attended), self.proj)', 'layer.attn.proj(add_last(attended, self.proj))', STRUCT),
+    ('EXPRESS without its residual on qkv', 'ivpt.py', 'add_last(layer.attn.qkv(x), self.qkv)', 'layer.attn.qkv(x)', STRUCT),
+    ('EXPRESS with the residuals of one layer in all', 'ivpt.py', 'self.express[l](layer', 'self.express[0](layer', STRUCT),
+    ('EXPRESS does not start as VPT-shallow', 'ivpt.py', 'self.proj = nn.Parameter(torch.zeros(N, D))', 'self.proj = nn.Parameter(torch.ones(N, D))', STRUCT),
+    ("EXPRESS's weights are those of the last token", 'ivpt.py', '(q[:, :, :1] @ k.mT', '(q[:, :, -1:] @ k.mT', STRUCT),
+    ('the last layer does not see inherited prompts', 'ivpt.py', 'layer(tokens[:, :1], tokens[:, 1:])', 'layer(tokens[:, :1], tokens[:, 1:1 + self.M])', STRUCT),
+    ('AR "All" from the last position to the first', 'ivpt.py', 'torch.arange(w.shape[-1], device=w.device)', 'torch.arange(w.shape[-1], device=w.device).flip(0)', STRUCT),
+    ('AR "All" with k rows', 'ivpt.py', "k = vit.M if reinforcement == 'all' else k", "k = min(k, vit.M)", STRUCT),
+    ('AR with inherited prompts is ignored', 'ivpt.py', "if reinforcement != 'none' and structure in INHERITED", 'if False', STRUCT),
+    ('bias tuning trains no LayerNorm', 'train.py', "name.endswith('.bias') or", "name.endswith('.bias') and 'norm' not in name or", STRUCT),
+    ('bias tuning trains no head', 'train.py', "name.endswith('.bias') or name.startswith('head.')", "name.endswith('.bias')", STRUCT),
     # 4.1, the loop
     ('warm-up is off by one', 'train.py', 'return (step + 1) / rising', 'return step / rising', LOOP),
     ('warm-up is one step too long', 'train.py', 'if step < rising', 'if step <= rising', LOOP),

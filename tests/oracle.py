@@ -33,9 +33,12 @@ def layer_norm(norm, x):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
 
 
-def attention(attn, x):
-    """Multi-head self-attention, head by head: x [B, T, D] -> [B, T, D] and the matrix [B, N_h, T, T]."""
-    q, k, v = (x @ W.T + b for W, b in zip(attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3)))  # [B, T, D]
+def attention(attn, x, residual=torch.zeros(3)):
+    """Multi-head self-attention, head by head: x [B, T, D] -> [B, T, D] and the matrix [B, N_h, T, T].
+
+    A residual [T, 3 D] is added to queries, keys and values."""
+    q, k, v = (x @ W.T + b + r for W, b, r in zip(
+        attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3), residual.chunk(3, dim=-1)))  # [B, T, D]
     d = x.shape[-1] // attn.N_h
     A, heads = [], []
     for h in range(attn.N_h):
@@ -53,10 +56,12 @@ def mlp(mlp, x):
     return h @ mlp.fc2.weight.T + mlp.fc2.bias
 
 
-def layer(layer, x):
-    """𝒯^l of Eq. 1, all tokens: x [B, T, D] -> [B, T, D] and the attention matrix [B, N_h, T, T]."""
-    attended, A = attention(layer.attn, layer_norm(layer.norm1, x))
-    x = x + attended
+def layer(layer, x, norm1=0, qkv=torch.zeros(3), proj=0):
+    """𝒯^l of Eq. 1, all tokens: x [B, T, D] -> [B, T, D] and the attention matrix [B, N_h, T, T].
+
+    norm1 [T, D], qkv [T, 3 D] and proj [T, D]: residuals on what these parts put out."""
+    attended, A = attention(layer.attn, layer_norm(layer.norm1, x) + norm1, qkv)
+    x = x + attended + proj
     return x + mlp(layer.mlp, layer_norm(layer.norm2, x)), A
 
 
@@ -90,11 +95,13 @@ def psi(gamma, P):
 
 
 def prompts(structure, P, gamma=None):
-    """P̂ of Eq. 2 ('vpt'), Eq. 4 or, with gamma, Eq. 5, layer by layer."""
+    """P̂ of Eq. 2 ('vpt'), of vanilla CDC, of Eq. 4 or, with gamma, of Eq. 5, layer by layer."""
     P_hat = [P[0]]
     for l in range(1, len(P)):
         if structure == 'vpt':
             P_hat.append(P[l])
+        elif structure == 'vanilla_cdc':
+            P_hat.append(P[l] + P_hat[l - 1])
         elif gamma is None:
             P_hat.append(P[l] + P[l - 1])
         else:
@@ -121,6 +128,8 @@ def reinforce(Z, Omega, P_re):
 
 def ivpt(model, images):
     """The whole model: its logits, and of every layer the saliency w [B, M] and, where AR acts, Omega."""
+    if model.structure in ('vpt_shallow', 'provp', 'express'):
+        return inherited(model, images)
     P_hat = prompts(model.structure, model.P, model.gamma)
     x = embed(model.vit, images)
     z_cls, Z = x[:, :1], x[:, 1:]
@@ -129,10 +138,41 @@ def ivpt(model, images):
         z_cls, Z, row = eq_3(block, z_cls, P_hat[l], Z)
         w.append(row.mean(dim=1)[:, 1 + model.P.shape[1]:])
         if model.P_re is not None and l < len(P_hat) - 1:
-            Omega.append(top_k(w[l], model.k))
+            everywhere = [list(range(Z.shape[1]))] * len(Z)
+            Omega.append(everywhere if model.reinforcement == 'all' else top_k(w[l], model.k))
             Z = reinforce(Z, Omega[l], model.P_re[l])
     logits = layer_norm(model.vit.norm, z_cls[:, 0]) @ model.head.weight.T + model.head.bias
-    return SimpleNamespace(logits=logits, w=w, Omega=Omega)
+    return SimpleNamespace(logits=logits, w=w, Omega=Omega, P_hat=torch.stack(P_hat))
+
+
+# ---- 4.3 Prompts that are inherited ---------------------------------------------------------------------
+
+
+def inherited(model, images):
+    """VPT-shallow, ProVP and EXPRESS, image by image. As `ivpt`, and P̂ [B, L, N, D] that entered each layer."""
+    N, D = model.P.shape[1:]
+    all_logits, all_w, all_P = [], [], []
+    for image in images:
+        x = embed(model.vit, image.unsqueeze(0))
+        z_cls, P, Z = x[:, :1], model.P[:1], x[:, 1:]
+        w, entered = [], []
+        for l, block in enumerate(model.vit.blocks):
+            if model.structure == 'provp' and l > 0:
+                P = P + model.P[l]
+            entered.append(P[0])
+            residuals = {}
+            if model.structure == 'express':
+                for part in 'norm1', 'qkv', 'proj':
+                    r = getattr(model.express[l], part)  # [N, D] or [N, 3 D]
+                    residuals[part] = torch.cat([0 * r[:1], r, torch.zeros(Z.shape[1], r.shape[1])])
+            x, A = layer(block, torch.cat([z_cls, P, Z], dim=1), **residuals)
+            z_cls, P, Z = x[:, :1], x[:, 1:1 + N], x[:, 1 + N:]
+            w.append(A[0, :, 0, 1 + N:].mean(dim=0))
+        all_logits.append(layer_norm(model.vit.norm, z_cls[0, 0]) @ model.head.weight.T + model.head.bias)
+        all_w.append(torch.stack(w))
+        all_P.append(torch.stack(entered))
+    return SimpleNamespace(logits=torch.stack(all_logits), w=list(torch.stack(all_w, dim=1)), Omega=[],
+                           P_hat=torch.stack(all_P))
 
 
 # ---- Comparing ------------------------------------------------------------------------------------------

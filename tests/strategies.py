@@ -22,6 +22,14 @@ METHODS = {  # the rows of Table 2
     'ivpt': dict(structure='cdc', aggregation=True, reinforcement='topk'),
 }
 
+OTHERS = {  # the rows of Tables 3 and 4 that are not in Table 2, and VPT-shallow
+    'vpt_shallow': dict(structure='vpt_shallow', aggregation=False, reinforcement='none'),
+    'provp': dict(structure='provp', aggregation=False, reinforcement='none'),
+    'express': dict(structure='express', aggregation=False, reinforcement='none'),
+    'vanilla_cdc': dict(structure='vanilla_cdc', aggregation=False, reinforcement='none'),
+    'ivpt_all': dict(structure='cdc', aggregation=True, reinforcement='all'),
+}
+
 
 @dataclass(frozen=True)
 class Case:

@@ -248,8 +248,8 @@ def test_P_starts_uniform_with_the_bound_of_vpt():
     (dict(num_classes=0), '0 classes'),
     (dict(k=0), 'M=4 .*k=0'),
     (dict(k=5), 'M=4 .*k=5'),
-    (dict(structure='deep'), "'deep'.*vpt, cdc"),
-    (dict(reinforcement='bottom'), "'bottom'.*topk, none"),
+    (dict(structure='deep'), "'deep'.*vpt_shallow, vpt, provp, express, vanilla_cdc, cdc"),
+    (dict(reinforcement='bottom'), "'bottom'.*topk, all, none"),
     (dict(structure='vpt', aggregation=True), "'cdc'.*'vpt'"),
 ])
 def test_what_does_not_fit_raises_a_ValueError_with_the_numbers_in_it(wrong, message):

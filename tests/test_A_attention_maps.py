@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import close, ivpt as literal, watch
 from PIL import Image
-from strategies import METHODS, cases, random_model, random_vit
+from strategies import METHODS, OTHERS, cases, random_model, random_vit
 
 import train
 from ivpt import look
@@ -27,14 +27,17 @@ def runs(tmp_path_factory):
 # ---- look -----------------------------------------------------------------------------------------------
 
 
-@given(cases(L=(2, 4)), st.sampled_from(sorted(METHODS)))
+@settings(max_examples=2 * settings().max_examples)
+@given(cases(L=(2, 4)), st.sampled_from(sorted(METHODS | OTHERS)))
 def test_what_is_seen_is_what_the_literal_form_computes(case, method):
-    """Eq. 14. w̃ of each layer; with AR, the tokens that were reinforced."""
-    model, images = random_model(case, **METHODS[method]), case.images()
+    """Eq. 14. w̃ of each layer; with top-k, the tokens that were chosen; the prompts that entered."""
+    how = (METHODS | OTHERS)[method]
+    model, images = random_model(case, **how), case.images()
     seen, expected = look(model, images), literal(model, images)
     close(seen['logits'], expected.logits.detach())
     close(seen['w'], torch.stack(expected.w, dim=1).detach())
-    assert (seen['Omega'] is not None) == METHODS[method]['reinforcement'].startswith('topk')
+    close(seen['P_hat'], expected.P_hat.detach())
+    assert (seen['Omega'] is not None) == (how['reinforcement'] == 'topk')
     if seen['Omega'] is not None:
         assert seen['Omega'].tolist() == [list(image) for image in zip(*expected.Omega)]
 
