@@ -223,7 +223,7 @@ def header(config, task, model, device):
     """Say what is about to be trained, on what, with what."""
     parts = trained(model)
     count, frozen = sum(p.numel() for p in parts.values()), sum(p.numel() for p in model.parameters())
-    sizes = ', '.join(f'{name} {list(p.shape)}' for name, p in parts.items()) if len(parts) < 6 else 'all'
+    sizes = ', '.join(f'{name} {list(p.shape)}' for name, p in parts.items()) if len(parts) < 6 else f'{len(parts)} tensors'
     paper = f'; the paper, mean over VTAB-1k: {config.paper_params:.2f}M' if config.paper_params else ''
     table_18 = f' (the paper: {config.paper_backbone_params:g}M)' if config.paper_backbone_params else ''
     say(f'task      {config.task}: {len(task.train)} + {len(task.val)} images for training and validation, '

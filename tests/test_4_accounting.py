@@ -105,7 +105,7 @@ def test_express_has_0_98M_parameters_with_20_prompts_and_with_no_other_number()
 
 def test_the_other_structures_of_table_3_have_as_many_prompts_as_cdc():
     """So they differ in how prompts are connected alone. With the N of Table 16 this is 0.40M, head included:
-    the 0.60M of VPT in Table 1 are of another N, that of VPT's own search."""
+    Table 1 has 0.60M for VPT; what its N were is not said."""
     assert round(mean_of(VTAB, 'cdc'), 3) == 0.399
     for name in 'vpt', 'provp', 'vanilla_cdc':
         assert millions(name, 50, 10, 37) == millions('cdc', 50, 10, 37)
