@@ -153,8 +153,8 @@ def test_the_class_tokens_weights_are_positive_and_sum_to_1(case):
 def test_the_class_tokens_weights_carry_no_gradient(case):
     """Eq. 14 turns them into positions, and positions have no slope."""
     layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
-    out, w = layer(tokens, P)
-    assert out.requires_grad and not w.requires_grad
+    for out, w in layer(tokens, P), layer(tokens[:, :1], tokens[:, 1:], P):  # the latter as the last layer
+        assert out.requires_grad and not w.requires_grad
 
 
 # ---- VPT ------------------------------------------------------------------------------------------------
