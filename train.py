@@ -20,9 +20,11 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from itertools import count, product
 from pathlib import Path
 from statistics import fmean, stdev
@@ -140,6 +142,11 @@ def find_device():
 def trained(model):
     """What the method tunes, by name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def shapes(tensors):
+    """Of each tensor, by name."""
+    return {name: x.shape for name, x in tensors.items()}
 
 
 def run(config, again=False):
@@ -279,7 +286,8 @@ def write(path, content):
         raise OSError(f'{path} cannot be written ({error.strerror}); what was there before is whole. Make room, or '
                       'choose another folder with --set runs=DIR, and give the same command again') from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it has its name by now, or there never was one
+            part.unlink()
 
 
 def read(path):
@@ -305,10 +313,28 @@ def read_checkpoint(path, config):
         return None
     if digest(content[64:]).encode() != content[:64]:
         return set_aside(path, 'damaged')
-    checkpoint = torch.load(io.BytesIO(content[64:]), map_location='cpu', weights_only=True)
+    try:
+        checkpoint = torch.load(io.BytesIO(content[64:]), map_location='cpu', weights_only=True)
+        if not is_checkpoint(checkpoint):
+            raise ValueError
+    except Exception:  # another program's; torch.load has a dozen ways to dislike a file
+        return set_aside(path, 'not what this program writes')
     if any(checkpoint['config'][name] != getattr(config, name) for name in ('task', 'method', 'seed')):
         return set_aside(path, 'of another run')
     return checkpoint
+
+
+def is_checkpoint(x):
+    """Whether a file that was read has the parts that `save` writes, in their types. May raise what they raise."""
+    plain = {name: x[name] for name in ('config', 'environment', 'records')}
+    slots = {'SGD': {'momentum_buffer'}, 'AdamW': {'step', 'exp_avg', 'exp_avg_sq'}}[x['config']['optimizer']]
+    tensors = [*x['trained'].values(), *(t for of_p in x['optimizer']['state'].values() for t in of_p.values())]
+    return (json.loads(json.dumps(plain)) == plain and isinstance(x['config'], dict) and isinstance(x['environment'], dict)
+            and len(x['records']) > 0 and all(type(record[name]) in (int, float) for record in x['records']
+                                              for name in ('epoch', 'loss', 'lr', 'seconds', 'images_per_second'))
+            and all(of_p.keys() == slots for of_p in x['optimizer']['state'].values())
+            and all(type(t) is torch.Tensor and t.layout == torch.strided and t.device.type == 'cpu'
+                    and t.is_floating_point() and t.isfinite().all() for t in tensors))
 
 
 def resume(folder, model, optimizer, config, device):
@@ -318,11 +344,12 @@ def resume(folder, model, optimizer, config, device):
         return []
     newest = max(found, key=lambda checkpoint: len(checkpoint['records']))
     same_settings(newest['config'], config, folder)
-    shapes = {name: p.shape for name, p in trained(model).items()}
-    if {name: p.shape for name, p in newest['trained'].items()} != shapes:
+    sizes, state = [p.shape for p in optimizer.param_groups[0]['params']], newest['optimizer']['state']
+    if shapes(newest['trained']) != shapes(trained(model)) or not all(
+            i in range(len(sizes)) and x.shape in (sizes[i], ()) for i in state for x in state[i].values()):
         raise InputError(f'{folder} was begun with a model of other sizes; is the data set the same? --again starts over')
     model.load_state_dict(newest['trained'], strict=False)
-    optimizer.load_state_dict(newest['optimizer'])
+    optimizer.load_state_dict(optimizer.state_dict() | {'state': newest['optimizer']['state']})  # its settings are ours
     say(f'resumed   after epoch {len(newest["records"])} of {config.epochs}, from {folder}')
     if changed := differences(newest['environment'], environment(device)):
         say(f'          with {changed}: not the same bits as without an interruption')
@@ -367,11 +394,21 @@ def read_result(folder):
         return None
     try:
         result = json.loads(content)
-        if result['digest'] == digest(json.dumps(result | {'digest': ''}).encode()):
+        if result['digest'] == digest(json.dumps(result | {'digest': ''}).encode()) and is_result(result):
             return result
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return set_aside(folder / 'result.json', 'damaged')
+
+
+def is_result(x):
+    """Whether a result has the parts that `finish` writes, in their types."""
+    kinds = {'task': str, 'method': str, 'seed': int, 'score_on': str, 'accuracy': float, 'trained_parameters': int,
+             'final_loss': float, 'seconds': float, 'classes': list, 'config': dict, 'params_digest': str}
+    return (all(type(x[name]) is kind for name, kind in kinds.items()) and 0 <= x['accuracy'] <= 1
+            and math.isfinite(x['seconds']) and 'seed' in x['config'] and x['classes'] != []
+            and all(isinstance(name, str) and name.isprintable() for name in x['classes'])
+            and all(type(score) is float for score in x.get('noise', {}).values()))
 
 
 # ---- Many runs ------------------------------------------------------------------------------------------
@@ -536,9 +573,14 @@ def open_run(folder, device):
         raise InputError(f'{folder}: no finished run; train it first')
     if digest(read(folder / 'params.pth') or b'') != result['params_digest']:
         raise InputError(f'{folder}/params.pth is not what result.json beside it was measured with; --again trains anew')
-    config, classes = SimpleNamespace(**result['config']), result['classes']
+    defaults, classes = read_configs()['defaults'], result['classes']  # settings that came later have their default
+    config = SimpleNamespace(**defaults | {name: checked(name, value, defaults, folder / 'result.json')
+                                           for name, value in result['config'].items() if name in defaults})
     model = make_model(config, len(classes)).to(device).eval()
-    model.load_state_dict(vit.read_state_dict(folder / 'params.pth'), strict=False)
+    params = vit.read_state_dict(folder / 'params.pth')
+    if shapes(params) != shapes(trained(model)):
+        raise InputError(f'{folder}/params.pth is not of the model that result.json describes; --again trains anew')
+    model.load_state_dict(params, strict=False)
     return config, classes, model
 
 
@@ -587,7 +629,7 @@ def settings(configs, task, method=None, model=None, changes=None):
     model = model or of_task.get('model', defaults['model'])
     of_model = configs['models'].get(model, {})
     runs = []
-    for name in str(method or of_task.get('method', defaults['method'])).split(','):
+    for name in dict.fromkeys(str(method or of_task.get('method', defaults['method'])).split(',')):
         config = dict(defaults)
         for where, layer in ((f'models: {model}', of_model), (f'tasks: {task}', of_task),
                              (f'methods: {name}', entry(configs, 'methods', name)), ('--set', changes)):
@@ -610,7 +652,7 @@ def entry(configs, section, name):
 
 def nearest(name, known):
     """What may have been meant, and what there is."""
-    close = difflib.get_close_matches(str(name), known, n=1)
+    close = difflib.get_close_matches(str(name), known, n=1) if len(str(name)) < 100 else []
     return f': did you mean {close[0]!r}?' if close else f': one of {", ".join(known)}'
 
 
@@ -618,16 +660,35 @@ def nearest(name, known):
 RANGES = {'lr': (1e-12, 1e6), 'weight_decay': (0, 1e6), 'momentum': (0, 1), 'warmup': (0, 0.99),
           'epochs': (1, 10 ** 6), 'batch': (1, 10 ** 6), 'workers': (0, 1024), 'seed': (0, 2 ** 31),
           'classes': (1, 10 ** 6), 'n_train': (1, 10 ** 8), 'n_val': (0, 10 ** 8), 'n_test': (1, 10 ** 8),
+          'N': (-1000, 1000), 'k': (-10 ** 6, 10 ** 6), 'rate': (0, 1), 'accuracy': (0, 100),
           'img_size': (0, 10 ** 4), 'noise': (0, 1e4), 'n_shapes': (1, 6), 'cache_gb': (0, 1e6)}
 CHOICES = {'tune': ('prompts', 'head', 'all'), 'reinforcement': ('topk', 'none'), 'score_on': ('test', 'val'),
            'augment': ('crop_flip', 'none'), 'optimizer': ('SGD', 'AdamW'), 'save_dtype': ('float32', 'float16'),
            'structure': ivpt.STRUCTURES, 'source': tuple(data.SOURCES)}
 
 
+# What configs.yaml has to have among its defaults. A setting that is not here has the type that it has there.
+KINDS = {str: 'task method model data runs weights tune structure reinforcement source augment ask optimizer score_on '
+              'save_dtype',
+         int: 'seed img_size N k classes n_train n_val n_test workers n_shapes epochs batch',
+         float: 'cache_gb noise warmup momentum lr weight_decay paper_params paper_backbone_params',
+         bool: 'aggregation bf16', list: 'mean std', dict: 'grid'}
+EXAMPLES = {name: kind() for kind, names in KINDS.items() for name in names.split()}
+
+
+def shown(value):
+    """A value in a message: not too long, and of a whole number not too many digits."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no number of more than 4,300 digits
+        text = 'a very large number'
+    return text if len(text) <= 100 else f'{text[:100]}...'
+
+
 def checked(key, value, defaults, where):
     """A setting's value in the type of its default. Raises InputError if it cannot be one."""
     if key not in defaults:
-        raise InputError(f'{where}: unknown setting {key!r}{nearest(key, defaults)}')
+        raise InputError(f'{where}: unknown setting {shown(key)}{nearest(key, defaults)}')
     kind = type(defaults[key])
     if kind is str and value is None:  # --set weights=
         value = ''
@@ -637,29 +698,75 @@ def checked(key, value, defaults, where):
         except (ValueError, OverflowError):
             pass
     if type(value) is not kind:
-        raise InputError(f'{where}: {key} is a {kind.__name__}, as {defaults[key]!r}, not {value!r}')
+        raise InputError(f'{where}: {key} is a {kind.__name__}, as {defaults[key]!r}, not {shown(value)}')
     if key == 'grid':
-        if not value or not all(isinstance(values, list) and values for values in value.values()):
-            raise InputError(f'{where}: grid is a list of values for each setting, as {defaults[key]!r}, not {value!r}')
+        if not value or not all(isinstance(values, list) and values for values in value.values()) or any(
+                type(defaults.get(name)) not in (int, float, bool) and name not in CHOICES for name in value):
+            raise InputError(f'{where}: grid is a list of values for each setting, as {defaults[key]!r}, not {shown(value)}')
         return {name: [checked(name, x, defaults, where) for x in values] for name, values in value.items()}
+    if kind is str and not value.isprintable():
+        raise InputError(f'{where}: {key} is a text without line ends and control characters, not {shown(value)}')
     low, high = RANGES.get(key, (-math.inf, math.inf))
     if kind in (int, float) and not low <= value <= high:
-        raise InputError(f'{where}: {key} goes from {low:g} to {high:g}, not {value!r}')
+        raise InputError(f'{where}: {key} goes from {low:g} to {high:g}, not {shown(value)}')
     if value not in CHOICES.get(key, (value,)):
-        raise InputError(f'{where}: {key} is one of {", ".join(CHOICES[key])}, not {value!r}')
-    if kind is list and not (len(value) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in value)):
-        raise InputError(f'{where}: {key} is three numbers, one a colour, not {value!r}')
+        raise InputError(f'{where}: {key} is one of {", ".join(CHOICES[key])}, not {shown(value)}')
+    if kind is list and not (len(value) == 3 and all(type(x) in (int, float) and abs(x) < 1e6 for x in value)):
+        raise InputError(f'{where}: {key} is three numbers, one a colour, not {shown(value)}')
     if key == 'std' and min(value) <= 0:
-        raise InputError(f'{where}: std has to be positive, not {value!r}')
+        raise InputError(f'{where}: std has to be positive, not {shown(value)}')
     return value
 
 
 def read_yaml(text, where):
     """YAML without code in it; InputError if it is not YAML."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f'{where}: not YAML: {error}') from None
+        return yaml.load(text, Plain)
+    except Exception as error:  # PyYAML's constructors raise what int(), date() and their like raise
+        raise InputError(f'{where}: not YAML: {error or type(error).__name__}') from None
+
+
+class Plain(yaml.SafeLoader):
+    """YAML without *aliases: ten lines of them are a value of gigabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError('write the value out in place of the alias *' + self.peek_event().anchor)
+        return super().compose_node(parent, index)
+
+
+def read_configs():
+    """configs.yaml. Raises InputError if something in it is missing, of another type or out of its range."""
+    try:
+        configs = read_yaml((HERE / 'configs.yaml').read_text(encoding='utf-8'), 'configs.yaml')
+    except UnicodeDecodeError as error:
+        raise InputError(f'configs.yaml: not a text: {error}') from None
+    for section in ('defaults', 'models', 'tasks', 'methods', 'groups', 'paper'):
+        entries = configs.get(section) if isinstance(configs, dict) else None
+        if not isinstance(entries, dict):
+            raise InputError(f'configs.yaml: there is no section {section}, or not one of names and what they stand for')
+        for name, content in entries.items():
+            if not isinstance(name, str) or not re.fullmatch(r'\w[\w.+-]*', name):  # some are names of folders
+                raise InputError(f'configs.yaml: {section}: {shown(name)} is no name; take letters, digits and . _ + -')
+            if section not in ('defaults', 'groups') and not isinstance(content, dict):
+                raise InputError(f'configs.yaml: {section}: {name} holds no settings')
+    defaults, tasks, groups = configs['defaults'], configs['tasks'], configs['groups']
+    if missing := EXAMPLES.keys() - defaults.keys():
+        raise InputError(f'configs.yaml: defaults: {", ".join(sorted(missing))} missing')
+    for name, value in defaults.items():
+        defaults[name] = checked(name, value, defaults | EXAMPLES, 'configs.yaml: defaults')
+    for section in ('models', 'tasks', 'methods'):
+        for name, layer in configs[section].items():
+            for key, value in layer.items():
+                checked(key, value, defaults, f'configs.yaml: {section}: {name}')
+    for i, (name, members) in enumerate(groups.items()):
+        known = [*list(groups)[:i], *(task for task in tasks if task not in groups)]
+        if not isinstance(members, list) or not members or not all(member in known for member in members):
+            raise InputError(f'configs.yaml: groups: {name} is a list of tasks and of groups above it, not {shown(members)}')
+    for name, figures in configs['paper'].items():
+        for method, figure in figures.items():
+            checked('accuracy', figure, {'accuracy': 0.0}, f'configs.yaml: paper: {name}: {shown(method)}')
+    return configs
 
 
 class Parser(argparse.ArgumentParser):
@@ -704,7 +811,10 @@ def main(argv=None):
     """Do what the command line asks for. Returns the exit status; what the user got wrong is one line."""
     try:
         args, changes = arguments(argv)
-        return command(args, changes, read_yaml((HERE / 'configs.yaml').read_text(), 'configs.yaml'))
+        return command(args, changes, read_configs())
+    except BrokenPipeError:
+        complain('stopped: what it prints is no longer read; the same command goes on from there')
+        return 128 + signal.SIGPIPE
     except (InputError, OSError) as error:  # an OSError names its file
         complain(error)
         return 2
@@ -717,13 +827,13 @@ def command(args, changes, configs):
     """Report, draw, test or train, by the command line's arguments and the settings that it changes."""
     names = (configs['defaults']['task'] if args.task is None else args.task).split(',')
     if args.report:
-        folder = Path(changes.get('runs', configs['defaults']['runs']))
+        folder = Path(checked('runs', changes.get('runs', configs['defaults']['runs']), configs['defaults'], '--set'))
         report(configs, folder, args.task and names, args.method and args.method.split(','))
         return 0
-    seeds = [{}] if args.seed is None else [{'seed': read_yaml(s, '--seed')} for s in args.seed.split(',')]
-    runs = [config for task, seed in product(tasks_of(configs, names), seeds)
+    seeds = [{}] if args.seed is None else [{'seed': read_yaml(s, '--seed')} for s in dict.fromkeys(args.seed.split(','))]
+    runs = [config for task, seed in product(dict.fromkeys(tasks_of(configs, names)), seeds)
             for config in settings(configs, task, args.method, args.model, changes | seed)]
-    if args.noise:
+    if args.noise is not None:
         with_noise(runs, [checked('rate', read_yaml(rate, '--noise'), {'rate': 0.0}, '--noise') for rate in args.noise.split(',')])
     elif args.show or args.image:
         folders = [Path(args.run)] if args.run else [folder_of(config) for config in runs]
@@ -740,7 +850,8 @@ def command(args, changes, configs):
 
 def complain(what):
     """One line for the user."""
-    print(f'train.py: {what}', file=sys.stderr, flush=True)
+    line = ''.join(c if c.isprintable() else '?' for c in ' '.join(str(what).split()))
+    print(f'train.py: {line}', file=sys.stderr, flush=True)
 
 
 def terminate(number, frame):
@@ -752,4 +863,12 @@ def terminate(number, frame):
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, terminate)
-    sys.exit(main())
+    sys.stdout = sys.stdout or open(os.devnull, 'w')  # `>&-`
+    sys.stdout.reconfigure(errors='backslashreplace')  # not every file's name, and not every terminal, is UTF-8
+    try:
+        sys.exit(main())
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # what reads it is gone, and was told so
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
