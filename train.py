@@ -304,6 +304,11 @@ def save(folder, model, optimizer, records, config, device):
     torch.save({'config': vars(config), 'environment': environment(device), 'records': records,
                 'trained': trained(model), 'optimizer': optimizer.state_dict()}, file)
     write(folder / CHECKPOINTS[len(records) % 2], digest(file.getvalue()).encode() + file.getvalue())
+    write_log(folder, records)
+
+
+def write_log(folder, records):
+    """Write log.jsonl: a line an epoch."""
     write(folder / 'log.jsonl', ''.join(json.dumps(record) + '\n' for record in records).encode())
 
 
@@ -326,10 +331,11 @@ def read_checkpoint(path, config):
 
 def is_checkpoint(x):
     """Whether a file that was read has the parts that `save` writes, in their types. May raise what they raise."""
-    plain = {name: x[name] for name in ('config', 'environment', 'records')}
+    plain = {name: x[name] for name in ('config', 'environment', 'records')}  # are as JSON has them
     slots = {'SGD': {'momentum_buffer'}, 'AdamW': {'step', 'exp_avg', 'exp_avg_sq'}}[x['config']['optimizer']]
     tensors = [*x['trained'].values(), *(t for of_p in x['optimizer']['state'].values() for t in of_p.values())]
-    return (json.loads(json.dumps(plain)) == plain and isinstance(x['config'], dict) and isinstance(x['environment'], dict)
+    return (json.loads(json.dumps(plain)) == plain
+            and isinstance(x['config'], dict) and isinstance(x['environment'], dict)
             and len(x['records']) > 0 and all(type(record[name]) in (int, float) for record in x['records']
                                               for name in ('epoch', 'loss', 'lr', 'seconds', 'images_per_second'))
             and all(of_p.keys() == slots for of_p in x['optimizer']['state'].values())
@@ -353,6 +359,7 @@ def resume(folder, model, optimizer, config, device):
     say(f'resumed   after epoch {len(newest["records"])} of {config.epochs}, from {folder}')
     if changed := differences(newest['environment'], environment(device)):
         say(f'          with {changed}: not the same bits as without an interruption')
+    write_log(folder, newest['records'])  # it may have been stopped between the two files
     return newest['records']
 
 
@@ -579,7 +586,7 @@ def open_run(folder, device):
     model = make_model(config, len(classes)).to(device).eval()
     params = vit.read_state_dict(folder / 'params.pth')
     if shapes(params) != shapes(trained(model)):
-        raise InputError(f'{folder}/params.pth is not of the model that result.json describes; --again trains anew')
+        raise InputError(f'{folder}/params.pth is of another model than result.json; --again trains anew')
     model.load_state_dict(params, strict=False)
     return config, classes, model
 
@@ -744,7 +751,7 @@ def read_configs():
     for section in ('defaults', 'models', 'tasks', 'methods', 'groups', 'paper'):
         entries = configs.get(section) if isinstance(configs, dict) else None
         if not isinstance(entries, dict):
-            raise InputError(f'configs.yaml: there is no section {section}, or not one of names and what they stand for')
+            raise InputError(f'configs.yaml: there is no section {section}, or it does not hold names with settings')
         for name, content in entries.items():
             if not isinstance(name, str) or not re.fullmatch(r'\w[\w.+-]*', name):  # some are names of folders
                 raise InputError(f'configs.yaml: {section}: {shown(name)} is no name; take letters, digits and . _ + -')
@@ -762,7 +769,7 @@ def read_configs():
     for i, (name, members) in enumerate(groups.items()):
         known = [*list(groups)[:i], *(task for task in tasks if task not in groups)]
         if not isinstance(members, list) or not members or not all(member in known for member in members):
-            raise InputError(f'configs.yaml: groups: {name} is a list of tasks and of groups above it, not {shown(members)}')
+            raise InputError(f'configs.yaml: groups: {name} lists tasks and groups above it, not {shown(members)}')
     for name, figures in configs['paper'].items():
         for method, figure in figures.items():
             checked('accuracy', figure, {'accuracy': 0.0}, f'configs.yaml: paper: {name}: {shown(method)}')

@@ -52,6 +52,7 @@ def child(runs, before=lambda: None):
             os.dup2(os.open(f'{runs}.{name}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, 'w', buffering=1), os.fdopen(2, 'w', buffering=1)
         torch.set_num_threads(1)
+        train.find_device = lambda: torch.device('cpu')  # a GPU cannot be used in a fork
         before()
         status = train.main([*ARGV, f'runs={runs}'])
     finally:
@@ -62,7 +63,7 @@ def process(runs):
     """Start the run as a user does. Returns its process id."""
     argv = [sys.executable, train.__file__, *ARGV, f'runs={runs}']
     with open(f'{runs}.out', 'w') as out, open(f'{runs}.err', 'w') as err:
-        return subprocess.Popen(argv, stdout=out, stderr=err, env=os.environ | {'OMP_NUM_THREADS': '1'}).pid
+        return subprocess.Popen(argv, stdout=out, stderr=err, env=os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}).pid
 
 
 def ended(pid):
@@ -265,16 +266,16 @@ def faults(folder, kills, damages, disks, seed, mounting=True):
     """Try them all in a folder. Returns {fault: [what was lost of each try]}, '' for nothing."""
     dice, table = random.Random(seed), collections.defaultdict(list)
     uninterrupted(folder)
-    for i in range(kills):
+    for i in range(1, kills + 1):
         where, lost = kill(folder / f'kill{i}', i, dice)
         table[{'fsync': 'SIGKILL when a part of a file is written', 'rename': 'SIGKILL before a rename',
                'renamed': 'SIGKILL after a rename'}.get(where, f'SIGKILL at {where}')].append(lost)
     kinds = [(name, change) for name in FILES for change in (cut, flip)]
     for name, change in kinds:
         newest = 'checkpoint' in name
-        for i in range(damages if name == 'checkpoint-0.pth' else damages // 5):
+        for i in range(damages if name == 'checkpoint-0.pth' else -(-damages // 5)):
             runs = folder / f'{name}.{change.__name__}{i}'
-            to_the_end = newest and i < damages // 20 or i == 0
+            to_the_end = i < damages // (20 if newest else 100)
             table[f'{name}: {change.__name__}{", to the end" * to_the_end}'].append(damage(runs, name, change, to_the_end, dice))
             shutil.rmtree(runs)
     for i in range(disks):

@@ -19,8 +19,9 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 VPT, CDC, ALPHA, AR = ('test_3_1_vit_and_vpt', 'test_3_3_cdc_and_da', 'test_3_4_reweighting',
                        'test_3_5_attentive_reinforcement')
-LOOP, DATA, COUNTS, FILES, INPUT = ('test_4_1_training', 'test_4_1_data', 'test_4_accounting', 'test_weights',
-                                    'test_bad_input')
+LOOP, DATA, COUNTS, FILES, INPUT, STOPS, FUZZ = (
+    'test_4_1_training', 'test_4_1_data', 'test_4_accounting', 'test_weights', 'test_bad_input', 'test_4_1_interruptions',
+    'test_bad_input_fuzz')
 
 # (the mistake, the file, the text that is right, the text that is wrong, the test file that should notice)
 MUTANTS = [
@@ -116,7 +117,7 @@ MUTANTS = [
     ('val images are left out of the final run', 'train.py', '(task.train + task.val, task.test)', '(task.train, task.test)', LOOP),
     ('test images are trained on', 'train.py', '(task.train + task.val, task.test)', '(task.train + task.val + task.test, task.test)', LOOP),
     ('the best epoch is reported, not the last', 'train.py',
-     [("done = record['epoch']", "done = record['epoch']; config.best = max(getattr(config, 'best', 0), accuracy(model, score, config, device))"),
+     [('records.append(record)', "records.append(record); config.best = max(getattr(config, 'best', 0), accuracy(model, score, config, device))"),
       ("'accuracy': accuracy(model, score, config, device)", "'accuracy': config.best")], None, LOOP),
     # the data
     ('val images are among the training images', 'data.py', 'return chosen[n_val:]', 'return chosen', DATA),
@@ -129,6 +130,31 @@ MUTANTS = [
     ('mean and std are not in units of 255', 'data.py', '(255 * torch.tensor(x, device', '(torch.tensor(x, device', DATA),
     ('the test split is the training split', 'data.py', "for name in ('trainval', 'test')", "for name in ('trainval', 'trainval')", DATA),
     ('class ids count from 1', 'data.py', '(path.parent / name, int(label))', '(path.parent / name, int(label) - 1)', DATA),
+    # interruptions and the files of a run
+    ('a file: random numbers do not depend on the epoch', 'train.py', '1_000_003 * config.seed + epoch', '1_000_003 * config.seed', STOPS),
+    ('a file: random numbers of an epoch go on from what was drawn before', 'train.py',
+     'torch.manual_seed(1_000_003 * config.seed + epoch)', 'pass', STOPS),
+    ('a file: the optimizer starts anew after an interruption', 'train.py', "{'state': newest['optimizer']['state']}", "{'state': {}}", STOPS),
+    ('a file: the parameters start anew after an interruption', 'train.py', "    model.load_state_dict(newest['trained'], strict=False)\n",
+     '', STOPS),
+    ('a file: the older checkpoint is taken', 'train.py', 'newest = max(found', 'newest = min(found', STOPS),
+    ('a file: only one checkpoint is kept', 'train.py', 'CHECKPOINTS[len(records) % 2]', 'CHECKPOINTS[0]', STOPS),
+    ("a file: a checkpoint's digest is not compared", 'train.py', 'if digest(content[64:]).encode() != content[:64]', 'if False', STOPS),
+    ("a file: a result's digest is not compared", 'train.py', "if result['digest'] == digest(", "if True or result['digest'] == digest(", STOPS),
+    ('a file: the result is written before the parameters', 'train.py', "    write(folder / 'params.pth', params.getvalue())\n"
+     '    write_result(folder, result)\n', "    write_result(folder, result)\n    write(folder / 'params.pth', params.getvalue())\n", STOPS),
+    ('a file: a run goes on with other settings', 'train.py', 'if changed := differences(old, vars(config))', 'if False', STOPS),
+    ('a file: a finished run is run again', 'train.py', 'if not again and (result', 'if False and (result', STOPS),
+    ('a file: the log has the last epoch alone', 'train.py', 'for record in records).encode()', 'for record in records[-1:]).encode()', STOPS),
+    ('a file: the log is not written again after an interruption', 'train.py', "write_log(folder, newest['records'])", 'pass', STOPS),
+    ('a file: SIGTERM has the status of Ctrl-C', 'train.py', 'stop.status = 128 + number', 'stop.status = 130', STOPS),
+    ('a file: what is set aside is deleted', 'train.py', 'path.replace(aside)', 'path.unlink()', STOPS),
+    ('a file: a mistake is said once a run', 'train.py', 'if str(error) not in said', 'if True', STOPS),
+    ('a file: parameters of another model are taken in part', 'train.py', 'if shapes(params) != shapes(trained(model))', 'if False', FUZZ),
+    ("a file: another program's checkpoint is trusted", 'train.py', 'if not is_checkpoint(checkpoint)', 'if False', FUZZ),
+    ("a file: another program's result is trusted", 'train.py', ' and is_result(result)', '', FUZZ),
+    ('a file: a name in configs.yaml may be a path', 'train.py', 'or not re.fullmatch(', 'or False and re.fullmatch(', FUZZ),
+    ('a file: an alias in YAML is expanded', 'train.py', 'if self.check_event(yaml.AliasEvent)', 'if False', FUZZ),
 ]
 
 
