@@ -216,7 +216,8 @@ def test_an_alias_is_refused_before_it_grows(text):
 @pytest.mark.parametrize('name', ['../x', '/x', 'a/b', '..', '.', '', 'a b', 'a\nb', 'a,b', 1])
 def test_a_name_in_configs_yaml_that_leads_out_of_runs_is_refused(section, name, here, capsys):
     configs = json.loads(json.dumps(CONFIGS))
-    configs[section] = {name: next(iter(configs[section].values()))} | configs[section]
+    entry = json.dumps(next(iter(configs[section].values())))  # a copy: the same object would become an alias
+    configs[section] = {name: json.loads(entry)} | configs[section]
     assert configured(here, yaml.safe_dump(configs, sort_keys=False)) == (2, 2)
 
 
