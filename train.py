@@ -20,9 +20,11 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from itertools import count, product
 from pathlib import Path
 from statistics import fmean, stdev
@@ -284,7 +286,8 @@ def write(path, content):
         raise OSError(f'{path} cannot be written ({error.strerror}); what was there before is whole. Make room, or '
                       'choose another folder with --set runs=DIR, and give the same command again') from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it has its name by now, or there never was one
+            part.unlink()
 
 
 def read(path):
@@ -301,6 +304,11 @@ def save(folder, model, optimizer, records, config, device):
     torch.save({'config': vars(config), 'environment': environment(device), 'records': records,
                 'trained': trained(model), 'optimizer': optimizer.state_dict()}, file)
     write(folder / CHECKPOINTS[len(records) % 2], digest(file.getvalue()).encode() + file.getvalue())
+    write_log(folder, records)
+
+
+def write_log(folder, records):
+    """Write log.jsonl: a line an epoch."""
     write(folder / 'log.jsonl', ''.join(json.dumps(record) + '\n' for record in records).encode())
 
 
@@ -323,14 +331,14 @@ def resume(folder, model, optimizer, config, device):
         return []
     newest = max(found, key=lambda checkpoint: len(checkpoint['records']))
     same_settings(newest['config'], config, folder)
-    shapes = {name: p.shape for name, p in trained(model).items()}
-    if {name: p.shape for name, p in newest['trained'].items()} != shapes:
+    if {name: x.shape for name, x in newest['trained'].items()} != {name: x.shape for name, x in trained(model).items()}:
         raise InputError(f'{folder} was begun with a model of other sizes; is the data set the same? --again starts over')
     model.load_state_dict(newest['trained'], strict=False)
     optimizer.load_state_dict(newest['optimizer'])
     say(f'resumed   after epoch {len(newest["records"])} of {config.epochs}, from {folder}')
     if changed := differences(newest['environment'], environment(device)):
         say(f'          with {changed}: not the same bits as without an interruption')
+    write_log(folder, newest['records'])  # it may have been stopped between the two files
     return newest['records']
 
 
@@ -592,7 +600,7 @@ def settings(configs, task, method=None, model=None, changes=None):
     model = model or of_task.get('model', defaults['model'])
     of_model = configs['models'].get(model, {})
     runs = []
-    for name in str(method or of_task.get('method', defaults['method'])).split(','):
+    for name in dict.fromkeys(str(method or of_task.get('method', defaults['method'])).split(',')):
         config = dict(defaults)
         for where, layer in ((f'models: {model}', of_model), (f'tasks: {task}', of_task),
                              (f'methods: {name}', entry(configs, 'methods', name)), ('--set', changes)):
@@ -615,7 +623,7 @@ def entry(configs, section, name):
 
 def nearest(name, known):
     """What may have been meant, and what there is."""
-    close = difflib.get_close_matches(str(name), known, n=1)
+    close = difflib.get_close_matches(str(name), known, n=1) if len(str(name)) < 100 else []
     return f': did you mean {close[0]!r}?' if close else f': one of {", ".join(known)}'
 
 
@@ -623,49 +631,89 @@ def nearest(name, known):
 RANGES = {'lr': (1e-12, 1e6), 'weight_decay': (0, 1e6), 'momentum': (0, 1), 'warmup': (0, 0.99),
           'epochs': (1, 10 ** 6), 'batch': (1, 10 ** 6), 'workers': (0, 1024), 'seed': (0, 2 ** 31),
           'classes': (0, 10 ** 6), 'n_train': (1, 10 ** 8), 'n_val': (0, 10 ** 8), 'n_test': (1, 10 ** 8),
-          'img_size': (0, 10 ** 4), 'noise': (0, 1e4), 'rate': (0, 1), 'n_shapes': (1, 6), 'cache_gb': (0, 1e6)}
+          'img_size': (0, 10 ** 4), 'noise': (0, 1e4), 'rate': (0, 1), 'n_shapes': (1, 6), 'cache_gb': (0, 1e6),
+          'N': (-1000, 1000), 'k': (-10 ** 6, 10 ** 6), 'paper_params': (0, 1e6), 'paper_backbone_params': (0, 1e6)}
 CHOICES = {'tune': ('prompts', 'bias', 'head', 'all'), 'score_on': ('test', 'val'),
            'augment': ('crop_flip', 'none'), 'optimizer': ('SGD', 'AdamW'), 'save_dtype': ('float32', 'float16'),
            'structure': ivpt.STRUCTURES, 'reinforcement': ivpt.REINFORCEMENTS, 'source': tuple(data.SOURCES),
-           'torchvision': ('', *data.TORCHVISION)}
+           'torchvision': ('', *data.TORCHVISION), 'aggregation': (False, True), 'bf16': (False, True)}
+TEXTS = ('task', 'method', 'model', 'data', 'runs', 'weights', 'dir', 'images', 'ask')
+
+
+def shown(value):
+    """A value in a message, not too long."""
+    try:
+        return repr(value)[:100]
+    except ValueError:  # Python prints no number of more than 4,300 digits
+        return 'so large a number'
 
 
 def checked(key, value, defaults, where):
     """A setting's value in the type of its default. Raises InputError if it cannot be one."""
     if key not in defaults:
-        raise InputError(f'{where}: unknown setting {key!r}{nearest(key, defaults)}')
+        raise InputError(f'{where}: unknown setting {shown(key)}{nearest(key, defaults)}')
     kind = type(defaults[key])
     if kind is str and value is None:  # --set weights=
         value = ''
     if kind is float and type(value) in (int, str):  # YAML takes 1e-3 for a word
-        try:
+        with suppress(ValueError, OverflowError):
             value = float(value)
-        except (ValueError, OverflowError):
-            pass
     if type(value) is not kind:
-        raise InputError(f'{where}: {key} is a {kind.__name__}, as {defaults[key]!r}, not {value!r}')
-    if key == 'grid':
-        if not value or not all(isinstance(values, list) and values for values in value.values()):
-            raise InputError(f'{where}: grid is a list of values for each setting, as {defaults[key]!r}, not {value!r}')
-        return {name: [checked(name, x, defaults, where) for x in values] for name, values in value.items()}
-    low, high = RANGES.get(key, (-math.inf, math.inf))
-    if kind in (int, float) and not low <= value <= high:
-        raise InputError(f'{where}: {key} goes from {low:g} to {high:g}, not {value!r}')
-    if value not in CHOICES.get(key, (value,)):
-        raise InputError(f'{where}: {key} is one of {", ".join(CHOICES[key])}, not {value!r}')
-    if kind is list and not (len(value) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in value)):
-        raise InputError(f'{where}: {key} is three numbers, one a colour, not {value!r}')
+        raise InputError(f'{where}: {key} is a {kind.__name__}, as {shown(defaults[key])}, not {shown(value)}')
+    low, high = RANGES.get(key, (None, None))
+    if key in RANGES and not low <= value <= high:
+        raise InputError(f'{where}: {key} goes from {low:g} to {high:g}, not {shown(value)}')
+    if key in CHOICES and value not in CHOICES[key]:
+        raise InputError(f'{where}: {key} is one of {", ".join(map(str, CHOICES[key]))}, not {shown(value)}')
+    if key in TEXTS and not value.isprintable():
+        raise InputError(f'{where}: {key} is a text without line ends and control characters, not {shown(value)}')
+    if key in ('mean', 'std') and not (len(value) == 3 and all(type(x) in (int, float) and abs(x) < 1e6 for x in value)):
+        raise InputError(f'{where}: {key} is three numbers, one a colour, not {shown(value)}')
     if key == 'std' and min(value) <= 0:
-        raise InputError(f'{where}: std has to be positive, not {value!r}')
+        raise InputError(f'{where}: std has to be positive, not {shown(value)}')
+    if key == 'grid':
+        if not value or not all(isinstance(x, list) and x and (name in RANGES or name in CHOICES) for name, x in value.items()):
+            raise InputError(f'{where}: grid is a list of values for each setting, as {shown(defaults[key])}, not {shown(value)}')
+        return {name: [checked(name, x, defaults, where) for x in values] for name, values in value.items()}
     return value
 
 
 def read_yaml(text, where):
     """YAML without code in it; InputError if it is not YAML."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f'{where}: not YAML: {error}') from None
+        return yaml.load(text, Plain)
+    except Exception as error:  # PyYAML's constructors raise what int(), date() and their like raise
+        raise InputError(f'{where}: not YAML: {error or type(error).__name__}') from None
+
+
+class Plain(yaml.SafeLoader):
+    """YAML without *aliases: ten lines of them are a value of gigabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError('write the value out in place of the alias *' + self.peek_event().anchor)
+        return super().compose_node(parent, index)
+
+
+def read_configs():
+    """configs.yaml. Raises InputError if something in it is missing, of another type or out of its range."""
+    try:
+        configs = read_yaml((HERE / 'configs.yaml').read_text(encoding='utf-8'), 'configs.yaml')
+        defaults = configs['defaults']
+        for name in (*RANGES, *CHOICES, *TEXTS, 'mean', 'std', 'grid'):
+            checked(name, defaults[name], defaults, 'configs.yaml: defaults')
+        for task, method in product(tasks_of(configs, [*configs['tasks'], *configs['groups']]), configs['methods']):
+            if not all(re.fullmatch(r'\w[\w.+-]*', name) for name in (task, method)):  # they are names of folders
+                raise InputError(f'configs.yaml: {shown(task)}, {shown(method)}: names are of letters, digits and . _ + -')
+            settings(configs, task, method)
+        for model in configs['models']:
+            settings(configs, defaults['task'], defaults['method'], model)
+        figures = [x for row in configs['paper'].values() for x in row.values()]
+        if not all(type(x) in (int, float) and 0 <= x <= 100 for x in figures):
+            raise InputError('configs.yaml: paper: an accuracy goes from 0 to 100')
+    except (LookupError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f'configs.yaml: something in it is missing or misplaced ({type(error).__name__}: {error})') from None
+    return configs
 
 
 class Parser(argparse.ArgumentParser):
@@ -710,7 +758,7 @@ def main(argv=None):
     """Do what the command line asks for. Returns the exit status; what the user got wrong is one line."""
     try:
         args, changes = arguments(argv)
-        return command(args, changes, read_yaml((HERE / 'configs.yaml').read_text(), 'configs.yaml'))
+        return command(args, changes, read_configs())
     except (InputError, OSError) as error:  # an OSError names its file
         complain(error)
         return 2
@@ -723,13 +771,13 @@ def command(args, changes, configs):
     """Report, draw, test or train, by the command line's arguments and the settings that it changes."""
     names = (configs['defaults']['task'] if args.task is None else args.task).split(',')
     if args.report:
-        folder = Path(changes.get('runs', configs['defaults']['runs']))
+        folder = Path(checked('runs', changes.get('runs', configs['defaults']['runs']), configs['defaults'], '--set'))
         report(configs, folder, args.task and names, args.method and args.method.split(','))
         return 0
-    seeds = [{}] if args.seed is None else [{'seed': read_yaml(s, '--seed')} for s in args.seed.split(',')]
-    runs = [config for task, seed in product(tasks_of(configs, names), seeds)
+    seeds = [{}] if args.seed is None else [{'seed': read_yaml(s, '--seed')} for s in dict.fromkeys(args.seed.split(','))]
+    runs = [config for task, seed in product(dict.fromkeys(tasks_of(configs, names)), seeds)
             for config in settings(configs, task, args.method, args.model, changes | seed)]
-    if args.noise:
+    if args.noise is not None:
         with_noise(runs, [checked('rate', read_yaml(rate, '--noise'), {'rate': 0.0}, '--noise') for rate in args.noise.split(',')])
     elif args.show or args.image:
         folders = [Path(args.run)] if args.run else [folder_of(config) for config in runs]
@@ -746,7 +794,8 @@ def command(args, changes, configs):
 
 def complain(what):
     """One line for the user."""
-    print(f'train.py: {what}', file=sys.stderr, flush=True)
+    line = ''.join(c if c.isprintable() else '?' for c in ' '.join(str(what).split()))
+    print(f'train.py: {line}', file=sys.stderr, flush=True)
 
 
 def terminate(number, frame):
@@ -758,4 +807,8 @@ def terminate(number, frame):
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, terminate)
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python train.py | head` ends as other commands do
+    sys.stdout = sys.stdout or open(os.devnull, 'w')  # `>&-`
+    sys.stdout.reconfigure(errors='backslashreplace')  # not every file's name, and not every terminal, is UTF-8
     sys.exit(main())

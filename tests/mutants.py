@@ -20,8 +20,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 VPT, CDC, ALPHA, AR = ('test_3_1_vit_and_vpt', 'test_3_3_cdc_and_da', 'test_3_4_reweighting',
                        'test_3_5_attentive_reinforcement')
 STRUCT = 'test_4_3_structures'
-LOOP, DATA, COUNTS, FILES, INPUT = ('test_4_1_training', 'test_4_1_data', 'test_4_accounting', 'test_weights',
-                                    'test_bad_input')
+LOOP, DATA, COUNTS, FILES, INPUT, STOPS, FUZZ = (
+    'test_4_1_training', 'test_4_1_data', 'test_4_accounting', 'test_weights', 'test_bad_input', 'test_4_1_interruptions',
+    'test_bad_input_fuzz')
 FORMATS = 'test_4_data_formats'
 
 # (the mistake, the file, the text that is right, the text that is wrong, the test file that should notice)
@@ -149,7 +150,7 @@ MUTANTS = [
     ('val images are left out of the final run', 'train.py', '(task.train + task.val, task.test)', '(task.train, task.test)', LOOP),
     ('test images are trained on', 'train.py', '(task.train + task.val, task.test)', '(task.train + task.val + task.test, task.test)', LOOP),
     ('the best epoch is reported, not the last', 'train.py',
-     [("done = record['epoch']", "done = record['epoch']; config.best = max(getattr(config, 'best', 0), accuracy(model, score, config, device))"),
+     [('records.append(record)', "records.append(record); config.best = max(getattr(config, 'best', 0), accuracy(model, score, config, device))"),
       ("'accuracy': accuracy(model, score, config, device)", "'accuracy': config.best")], None, LOOP),
     # the data
     ('val images are among the training images', 'data.py', 'return chosen[n_val:]', 'return chosen', DATA),
@@ -180,6 +181,28 @@ MUTANTS = [
     ('only the first of two sets is checked', 'data.py', 'in pictures.datasets if', 'in pictures.datasets[:1] if', FORMATS),
     ('every run checks every image again', 'data.py', 'DECODED.update(path for path, _ in new)', 'pass', FORMATS),
     ('KITTI is cropped and flipped', 'configs.yaml', 'n_test: 711, N: 50, k: 10, augment: none', 'n_test: 711, N: 50, k: 10', FORMATS),
+    # interruptions and the files of a run
+    ('a run: random numbers do not depend on the epoch', 'train.py', '1_000_003 * config.seed + epoch', '1_000_003 * config.seed', STOPS),
+    ('a run: random numbers of an epoch go on from what was drawn before', 'train.py',
+     'torch.manual_seed(1_000_003 * config.seed + epoch)', 'pass', STOPS),
+    ('a run: the optimizer starts anew after an interruption', 'train.py', "    optimizer.load_state_dict(newest['optimizer'])\n", '', STOPS),
+    ('a run: the parameters start anew after an interruption', 'train.py', "    model.load_state_dict(newest['trained'], strict=False)\n",
+     '', STOPS),
+    ('a run: the older checkpoint is taken', 'train.py', 'newest = max(found', 'newest = min(found', STOPS),
+    ('a run: only one checkpoint is kept', 'train.py', 'CHECKPOINTS[len(records) % 2]', 'CHECKPOINTS[0]', STOPS),
+    ("a run: a checkpoint's digest is not compared", 'train.py', 'if digest(content[64:]).encode() != content[:64]', 'if False', STOPS),
+    ("a run: a result's digest is not compared", 'train.py', "if result['digest'] == digest(", "if True or result['digest'] == digest(", STOPS),
+    ('a run: the result is written before the parameters', 'train.py', "    write(folder / 'params.pth', params.getvalue())\n"
+     '    write_result(folder, result)\n', "    write_result(folder, result)\n    write(folder / 'params.pth', params.getvalue())\n", STOPS),
+    ('a run: a run goes on with other settings', 'train.py', 'if changed := differences(old, vars(config))', 'if False', STOPS),
+    ('a run: a finished run is run again', 'train.py', 'if not again and (result', 'if False and (result', STOPS),
+    ('a run: the log has the last epoch alone', 'train.py', 'for record in records).encode()', 'for record in records[-1:]).encode()', STOPS),
+    ('a run: the log is not written again after an interruption', 'train.py', "write_log(folder, newest['records'])", 'pass', STOPS),
+    ('a run: SIGTERM has the status of Ctrl-C', 'train.py', 'stop.status = 128 + number', 'stop.status = 130', STOPS),
+    ('a run: what is set aside is deleted', 'train.py', 'path.replace(aside)', 'path.unlink()', STOPS),
+    ('a run: a mistake is said once a run', 'train.py', 'if str(error) not in said', 'if True', STOPS),
+    ('a run: a name in configs.yaml may be a path', 'train.py', 'if not all(re.fullmatch(', 'if False and all(re.fullmatch(', FUZZ),
+    ('a run: an alias in YAML is expanded', 'train.py', 'if self.check_event(yaml.AliasEvent)', 'if False', FUZZ),
 ]
 
 

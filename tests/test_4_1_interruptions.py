@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import no_network, run, tiny  # noqa: F401
+import torchvision
+from pictures import no_network, oxford, run, tiny  # noqa: F401
 
 import data
+import faults
 import train
 
 CPU = torch.device('cpu')
@@ -74,6 +76,23 @@ def test_a_run_that_was_stopped_and_went_on_leaves_what_one_that_never_stopped_l
     assert same(outcome(config), uninterrupted(method, **changes))
 
 
+@pytest.mark.parametrize('nth', range(4))
+def test_a_run_that_was_stopped_between_a_checkpoint_and_the_log_has_the_whole_log(nth, tmp_path, monkeypatch, uninterrupted):
+    """Also after the last epoch, when going on writes neither of them again."""
+    write, logs = train.write, []
+
+    def stopped(path, content):
+        logs.extend([path] * (path.name == 'log.jsonl'))
+        if path.name == 'log.jsonl' and len(logs) == nth + 1:
+            raise KeyboardInterrupt
+        write(path, content)
+    monkeypatch.setattr(train, 'write', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(settings(tmp_path, method='ivpt'))
+    train.run(settings(tmp_path, method='ivpt'))
+    assert same(outcome(settings(tmp_path)), uninterrupted('ivpt'))
+
+
 def test_other_random_numbers_are_the_same_after_an_interruption_too(tmp_path, monkeypatch):
     """A student who adds dropout keeps this property: the loop seeds all generators, epoch by epoch."""
     make_model = train.make_model
@@ -94,6 +113,51 @@ def test_other_random_numbers_are_the_same_after_an_interruption_too(tmp_path, m
         train.run(config)
         results.append(outcome(config))
     assert same(*results)
+
+
+def test_each_epoch_of_each_seed_has_random_numbers_of_its_own(tmp_path, monkeypatch):
+    batches, seeds = data.batches, []
+
+    def watched(pictures, config, device, now=None):
+        seeds.extend([torch.initial_seed()] if now is not None else [])
+        return batches(pictures, config, device, now)
+    monkeypatch.setattr(data, 'batches', watched)
+    for seed in (0, 1):
+        train.run(settings(tmp_path, method='linear', seed=seed))
+    assert len(seeds) == len(set(seeds)) == 8
+
+
+@pytest.mark.parametrize('name', ['params.pth', 'result.json'])
+def test_a_result_is_there_only_when_its_parameters_are(name, tmp_path, monkeypatch):
+    write = train.write
+
+    def stopped(path, content):
+        if path.name == name:
+            raise KeyboardInterrupt
+        write(path, content)
+    monkeypatch.setattr(train, 'write', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(settings(tmp_path, method='linear'))
+    assert not list(tmp_path.rglob('result.json')) and len(list(tmp_path.rglob('params.pth'))) == (name == 'result.json')
+
+
+def test_pictures_in_files_leave_the_same_bits_with_and_without_worker_processes(tmp_path):
+    oxford(tmp_path)
+    outcomes = []
+    for workers, cache_gb in ((0, 0.0), (2, 0.0), (2, 8.0)):
+        config = tiny('pets', data=str(tmp_path), runs=str(tmp_path / f'{workers}{cache_gb}'), workers=workers,
+                      cache_gb=cache_gb, img_size=24, k=2, n_train=20, n_val=5)
+        train.run(config)
+        outcomes.append(outcome(config))
+    assert same(outcomes[0], outcomes[1]) and same(outcomes[0], outcomes[2])
+
+
+def test_a_result_holds_what_its_bits_depend_on_beside_the_settings(tmp_path):
+    train.run(config := settings(tmp_path, method='linear'))
+    result = json.loads((train.folder_of(config) / 'result.json').read_text())
+    assert {name: result[name] for name in ('torch', 'torchvision', 'threads', 'device')} == {
+        'torch': str(torch.__version__), 'torchvision': torchvision.__version__, 'threads': torch.get_num_threads(),
+        'device': str(train.find_device())}
 
 
 def test_what_is_finished_is_not_run_again_but_by_again(tmp_path, monkeypatch, capsys):
@@ -250,6 +314,12 @@ def test_a_write_that_is_killed_half_way_leaves_the_file_before_it(tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         train.write(tmp_path / 'file', b'after')
     assert [path.name for path in tmp_path.iterdir()] == ['file'] and (tmp_path / 'file').read_bytes() == b'before'
+
+
+def test_kills_damages_and_a_full_disk_lose_nothing(tmp_path):
+    """A few; `python tests/faults.py` tries many."""
+    table = faults.faults(tmp_path, kills=3, damages=10, disks=1, seed=1, mounting=False)
+    assert sum(map(len, table.values())) == 36 and not list(filter(None, sum(table.values(), []))), table
 
 
 # ---- One run that does not stop the others --------------------------------------------------------------
