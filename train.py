@@ -466,7 +466,7 @@ def report(configs, folder, names=None, methods=None):
     def value(name, method, seed):
         if name in configs['groups']:
             members = [value(member, method, seed) for member in configs['groups'][name]]
-            return None if None in members else fmean(members)
+            return None if None in members or not members else fmean(members)
         return results[name, method, seed]['accuracy'] if (name, method, seed) in results else None
 
     shown = columns(configs, names)
@@ -631,7 +631,7 @@ def nearest(name, known):
 RANGES = {'lr': (1e-12, 1e6), 'weight_decay': (0, 1e6), 'momentum': (0, 1), 'warmup': (0, 0.99),
           'epochs': (1, 10 ** 6), 'batch': (1, 10 ** 6), 'workers': (0, 1024), 'seed': (0, 2 ** 31),
           'classes': (0, 10 ** 6), 'n_train': (1, 10 ** 8), 'n_val': (0, 10 ** 8), 'n_test': (1, 10 ** 8),
-          'img_size': (0, 10 ** 4), 'noise': (0, 1e4), 'rate': (0, 1), 'n_shapes': (1, 6), 'cache_gb': (0, 1e6),
+          'img_size': (0, 10 ** 4), 'noise': (0, 1e4), 'n_shapes': (1, 6), 'cache_gb': (0, 1e6),
           'N': (-1000, 1000), 'k': (-10 ** 6, 10 ** 6), 'paper_params': (0, 1e6), 'paper_backbone_params': (0, 1e6)}
 CHOICES = {'tune': ('prompts', 'bias', 'head', 'all'), 'score_on': ('test', 'val'),
            'augment': ('crop_flip', 'none'), 'optimizer': ('SGD', 'AdamW'), 'save_dtype': ('float32', 'float16'),
@@ -672,7 +672,7 @@ def checked(key, value, defaults, where):
     if key == 'std' and min(value) <= 0:
         raise InputError(f'{where}: std has to be positive, not {shown(value)}')
     if key == 'grid':
-        if not value or not all(isinstance(x, list) and x and (name in RANGES or name in CHOICES) for name, x in value.items()):
+        if not value or not all(isinstance(x, list) and x and name not in TEXTS for name, x in value.items()):
             raise InputError(f'{where}: grid is a list of values for each setting, as {shown(defaults[key])}, not {shown(value)}')
         return {name: [checked(name, x, defaults, where) for x in values] for name, values in value.items()}
     return value
@@ -778,7 +778,10 @@ def command(args, changes, configs):
     runs = [config for task, seed in product(dict.fromkeys(tasks_of(configs, names)), seeds)
             for config in settings(configs, task, args.method, args.model, changes | seed)]
     if args.noise is not None:
-        with_noise(runs, [checked('rate', read_yaml(rate, '--noise'), {'rate': 0.0}, '--noise') for rate in args.noise.split(',')])
+        rates = [read_yaml(rate, '--noise') for rate in args.noise.split(',')]
+        if not all(type(rate) in (int, float) and 0 <= rate <= 1 for rate in rates):
+            raise InputError(f'--noise takes proportions from 0 to 1, as 0,0.1,0.2, not {args.noise!r}')
+        with_noise(runs, rates)
     elif args.show or args.image:
         folders = [Path(args.run)] if args.run else [folder_of(config) for config in runs]
         show(folders, args.image, (folders[0] if len(folders) == 1 else folders[0].parents[1]) / 'attention.png',

@@ -255,15 +255,15 @@ def test_noise_goes_into_the_results_of_finished_runs_and_is_printed_method_by_m
     assert [row[:2] for row in rows[2:]] == [['where_blue', '`linear`'], ['where_blue', '`ivpt`']]
     for row in rows[2:]:
         stored = [train.read_result(tmp_path / 'where_blue' / row[1].strip('`') / f'seed{seed}') for seed in (0, 1)]
-        assert all(result['noise']['0.0'] == result['accuracy'] for result in stored)
-        for rate, cell in zip(('0.0', '0.5'), row[2:]):
+        assert all(result['noise']['0'] == result['accuracy'] for result in stored)
+        for rate, cell in zip(('0', '0.5'), row[2:]):
             assert cell == train.spread([result['noise'][rate] for result in stored])
     assert run(tmp_path, *argv, '--noise', '0.9', **SMALL) == 0
-    assert set(train.read_result(tmp_path / 'where_blue/ivpt/seed0')['noise']) == {'0.0', '0.5', '0.9'}
+    assert set(train.read_result(tmp_path / 'where_blue/ivpt/seed0')['noise']) == {'0', '0.5', '0.9'}
 
 
-@pytest.mark.parametrize('rates, said', [('a', "rate is a float"), ('-1', 'rate goes from 0 to 1'), ('0,,1', 'rate'),
-                                         ('.nan', 'rate goes from 0 to 1'), ('0.1', 'no finished run')])
+@pytest.mark.parametrize('rates, said', [('a', 'from 0 to 1'), ('-1', 'from 0 to 1'), ('0,,1', 'from 0 to 1'),
+                                         ('.nan', 'from 0 to 1'), ('', 'from 0 to 1'), ('0.1', 'no finished run')])
 def test_wrong_rates_and_runs_that_are_not_there_are_one_line(rates, said, tmp_path, capfd):
     assert run(tmp_path, f'--noise={rates}') == 2
     err = capfd.readouterr().err
