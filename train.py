@@ -165,10 +165,10 @@ def run(config, again=False):
         raise InputError(f'{len(learn)} images to train on and {len(score)} of {config.score_on} to score: look at '
                          'n_train and n_val, and at the lists of the data set')
     header(config, task, model, device)
+    records = [] if again else resume(folder, model, optimizer, config, device)
     learn = data.in_memory(learn, config)
     for pictures in (learn, score):
         data.check(pictures, config)
-    records = [] if again else resume(folder, model, optimizer, config, device)
     if again:
         start_over(folder)
     try:
@@ -344,8 +344,9 @@ def resume(folder, model, optimizer, config, device):
 
 def start_over(folder):
     """Remove what an earlier process left of a run."""
-    for name in ('result.json', 'params.pth', 'log.jsonl', *CHECKPOINTS):
-        (folder / name).unlink(missing_ok=True)
+    names = 'result.json', 'params.pth', 'log.jsonl', *CHECKPOINTS
+    for path in (*(folder / name for name in names), *folder.glob('*.part')):
+        path.unlink(missing_ok=True)
 
 
 def differences(old, new):
@@ -772,7 +773,11 @@ def command(args, changes, configs):
     names = (configs['defaults']['task'] if args.task is None else args.task).split(',')
     if args.report:
         folder = Path(checked('runs', changes.get('runs', configs['defaults']['runs']), configs['defaults'], '--set'))
-        report(configs, folder, args.task and names, args.method and args.method.split(','))
+        methods = args.method and args.method.split(',')
+        for section, known in (('tasks', tasks_of(configs, names)), ('methods', methods or ())):
+            for name in known:
+                entry(configs, section, name)
+        report(configs, folder, args.task and names, methods)
         return 0
     seeds = [{}] if args.seed is None else [{'seed': read_yaml(s, '--seed')} for s in dict.fromkeys(args.seed.split(','))]
     runs = [config for task, seed in product(dict.fromkeys(tasks_of(configs, names)), seeds)

@@ -201,6 +201,14 @@ def test_a_report_of_nothing_has_no_numbers(tmp_path, capsys):
     assert not re.search(r'\d', capsys.readouterr().out)
 
 
+@pytest.mark.parametrize('argv, said', [(('--task', 'pet'), "unknown task 'pet': did you mean 'pets'"),
+                                        (('--method', 'ivtp'), "unknown method 'ivtp': did you mean 'ivpt'")])
+def test_a_report_of_what_there_is_not_is_refused(argv, said, tmp_path, capfd):
+    assert train.main(['--report', *argv, '--set', f'runs={tmp_path}']) == 2
+    err = capfd.readouterr().err
+    assert said in err and err.count('\n') == 1
+
+
 def test_a_report_shows_what_the_runs_printed(tmp_path, capsys):
     argv = '--method', 'linear,ivpt', '--seed', '0,1'
     assert run(tmp_path, *argv, **SMALL) == 0
