@@ -23,7 +23,7 @@ STRUCT = 'test_4_3_structures'
 LOOP, DATA, COUNTS, FILES, INPUT, STOPS, FUZZ = (
     'test_4_1_training', 'test_4_1_data', 'test_4_accounting', 'test_weights', 'test_bad_input', 'test_4_1_interruptions',
     'test_bad_input_fuzz')
-FORMATS = 'test_4_data_formats'
+FORMATS, SWEEPS = 'test_4_data_formats', 'test_4_sweeps'
 
 # (the mistake, the file, the text that is right, the text that is wrong, the test file that should notice)
 MUTANTS = [
@@ -181,6 +181,22 @@ MUTANTS = [
     ('only the first of two sets is checked', 'data.py', 'in pictures.datasets if', 'in pictures.datasets[:1] if', FORMATS),
     ('every run checks every image again', 'data.py', 'DECODED.update(path for path, _ in new)', 'pass', FORMATS),
     ('KITTI is cropped and flipped', 'configs.yaml', 'n_test: 711, N: 50, k: 10, augment: none', 'n_test: 711, N: 50, k: 10', FORMATS),
+    # many runs
+    ('a search scores on the test images', 'train.py', "{'score_on': 'val', 'point': where}", "{'score_on': 'test', 'point': where}", SWEEPS),
+    ('of equal points the larger learning rate wins', 'train.py', "-row[0].get('lr', 0))", "row[0].get('lr', 0))", SWEEPS),
+    ('a search takes the worst point', 'train.py', "row[0].get('lr', 0)), reverse=True)", "row[0].get('lr', 0)))", SWEEPS),
+    ('a point that diverges ends the search', 'train.py', 'except Diverged as error:', 'except ZeroDivisionError as error:', SWEEPS),
+    ('every seed searches for itself', 'train.py', 'key = config.task, config.method  #', 'key = config.task, config.method, config.seed  #', SWEEPS),
+    ('what the search found is not used', 'train.py', 'config = SimpleNamespace(**vars(config) | best[key])', 'pass', SWEEPS),
+    ('the mean of groups is the mean of tasks', 'train.py', "for member in configs['groups'][name]]",
+     "for member in tasks_of(configs, [name])]", SWEEPS),
+    ('a missing task is left out of its mean', 'train.py', "members = [value(member, method, seed) for member in configs['groups'][name]]",
+     "members = [x for m in configs['groups'][name] if (x := value(m, method, seed)) is not None]", SWEEPS),
+    ('validation accuracies are reported', 'train.py', " and result['score_on'] == 'test':", ':', SWEEPS),
+    ("the difference is the paper's less ours", 'train.py', '100 * fmean(x) - y:+.1f', 'y - 100 * fmean(x):+.1f', SWEEPS),
+    ('noise is added and not mixed in', 'train.py', '(1 - noise) * images + noise', 'images + noise', SWEEPS),
+    ('noise is another for every model', 'train.py', 'torch.Generator().manual_seed(0)', 'torch.Generator().manual_seed(torch.seed() % 99)', SWEEPS),
+    ('accuracies under noise replace those before', 'train.py', "{'noise': result.get('noise', {}) | scores}", "{'noise': scores}", SWEEPS),
     # interruptions and the files of a run
     ('a run: random numbers do not depend on the epoch', 'train.py', '1_000_003 * config.seed + epoch', '1_000_003 * config.seed', STOPS),
     ('a run: random numbers of an epoch go on from what was drawn before', 'train.py',
