@@ -124,8 +124,10 @@ def accuracy(model, pictures, config, device, noise=0.0):
 def make_model(config, classes):
     """The backbone with its weights and what the method tunes; the rest requires no gradient."""
     torch.manual_seed(config.seed)
-    whole = config.tune != 'prompts'
-    model = vit.build(config.model, config.weights or None, classes if whole else 0, config.img_size)
+    whole, weights = config.tune != 'prompts', config.weights or None
+    if weights and not Path(weights).exists() and (HERE / weights).exists():
+        weights = HERE / weights  # comes with this project
+    model = vit.build(config.model, weights, classes if whole else 0, config.img_size)
     if not whole:
         return ivpt.IVPT(model, classes, config.N, config.k, config.structure, config.aggregation,
                          config.reinforcement)
@@ -204,7 +206,7 @@ def finish(model, score, classes, config, records, device):
               **environment(device)}
     write(folder / 'params.pth', params.getvalue())
     write_result(folder, result)
-    paper = config.paper_accuracy
+    paper = config.paper_accuracy if config.score_on == 'test' else 0
     say(f'{config.score_on} accuracy after the last epoch: {100 * result["accuracy"]:.2f}% of {len(score)} images'
         f'{f"; the paper: {paper}%" if paper else ""}. {folder}\n')
     return result
@@ -609,8 +611,6 @@ def settings(configs, task, method=None, model=None, changes=None):
         config |= {'task': task, 'method': name, 'model': model, 'point': '',
                    'paper_accuracy': configs['paper'].get(task, {}).get(name, 0.0)}
         config['img_size'] = config['img_size'] or vit.parse_name(model)[2]
-        if config['weights'] and config['weights'] == of_model.get('weights') and '://' not in config['weights']:
-            config['weights'] = str(HERE / config['weights'])  # comes with this project
         runs.append(SimpleNamespace(**config))
     return runs
 

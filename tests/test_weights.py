@@ -288,9 +288,17 @@ def nano():
 
 
 def test_the_default_task_has_its_backbone_here_in_at_most_2_megabytes():
-    file = train.Path(nano().weights)
+    file = train.HERE / nano().weights
     assert file.is_file() and file.stat().st_size <= 2e6
-    assert file.is_relative_to(train.HERE)
+
+
+def test_the_backbone_that_comes_along_is_found_from_any_folder_and_by_the_same_name(tmp_path, monkeypatch):
+    """So that machines that share a folder of runs do not take one another's for runs with other settings."""
+    monkeypatch.chdir(tmp_path)
+    model = train.make_model(nano(), 9)
+    assert nano().weights == 'tests/nano.pth'
+    saved = vit.read_state_dict(train.HERE / 'tests' / 'nano.pth')
+    assert all(torch.equal(x, saved[name]) for name, x in model.vit.state_dict().items())
 
 
 def test_the_backbone_of_the_default_task_knows_where_the_colour_of_the_frame_is():
