@@ -168,6 +168,7 @@ def run(config, again=False):
                          'n_train and n_val, and at the lists of the data set')
     header(config, task, model, device)
     records = [] if again else resume(folder, model, optimizer, config, device)
+    live(f'decoding {len(learn)} + {len(score)} images')
     learn = data.in_memory(learn, config)
     for pictures in (learn, score):
         data.check(pictures, config)
