@@ -395,7 +395,8 @@ def draw_shapes(n, ask, n_shapes=4, noise=8, size=48, seed=0):
     for part in np.array_split(np.arange(n), max(1, n * size ** 2 // 2 ** 20)):
         canvas = np.broadcast_to(background[part, None, None, None], (len(part), 3, size, size)).astype(np.float32)
         for i, colour in enumerate(rgb):
-            canvas += cover(kind[part, i], radius[part, i], *centre[:, part, i], size) * (colour[:, None, None] - canvas)
+            covered = cover(kind[part, i], radius[part, i], *centre[:, part, i], size)
+            canvas += covered * (colour[:, None, None] - canvas)
         if ask == 'frame':
             canvas[:, :, frame] = rgb[asked[part], :, None]
         canvas += noise * rng.standard_normal(canvas.shape, dtype=np.float32)

@@ -183,7 +183,8 @@ def run(config, again=False):
                 '{left} left'.format(**record, epochs=config.epochs, left=clock(left)))
         return finish(model, score, task.classes, config, records, device)
     except FloatingPointError as error:
-        raise Diverged(f'{error}. {kept(folder, records)}. Lower the learning rate: --set lr={config.lr / 4:g}') from None
+        raise Diverged(f'{error}. {kept(folder, records)}. Lower the learning rate: '
+                       f'--set lr={config.lr / 4:g}') from None
     except KeyboardInterrupt as stop:
         where = f'in epoch {len(records) + 1} of {config.epochs}' if len(records) < config.epochs else 'while testing'
         stop.where = f'{where}. {kept(folder, records)}; the same command goes on from there'
@@ -228,7 +229,8 @@ def header(config, task, model, device):
     """Say what is about to be trained, on what, with what."""
     parts = trained(model)
     count, frozen = sum(p.numel() for p in parts.values()), sum(p.numel() for p in model.parameters())
-    sizes = ', '.join(f'{name} {list(p.shape)}' for name, p in parts.items()) if len(parts) < 6 else f'{len(parts)} tensors'
+    sizes = ', '.join(f'{name} {list(p.shape)}' for name, p in parts.items())
+    sizes = sizes if len(parts) < 6 else f'{len(parts)} tensors'
     paper = f'; the paper, mean over VTAB-1k: {config.paper_params:.2f}M' if config.paper_params else ''
     table_18 = f' (the paper: {config.paper_backbone_params:g}M)' if config.paper_backbone_params else ''
     say(f'task      {config.task}: {len(task.train)} + {len(task.val)} images for training and validation, '
@@ -334,8 +336,10 @@ def resume(folder, model, optimizer, config, device):
         return []
     newest = max(found, key=lambda checkpoint: len(checkpoint['records']))
     same_settings(newest['config'], config, folder)
-    if {name: x.shape for name, x in newest['trained'].items()} != {name: x.shape for name, x in trained(model).items()}:
-        raise InputError(f'{folder} was begun with a model of other sizes; is the data set the same? --again starts over')
+    then, now = ({name: x.shape for name, x in tensors.items()} for tensors in (newest['trained'], trained(model)))
+    if then != now:
+        raise InputError(f'{folder} was begun with a model of other sizes; is the data set the same? --again starts '
+                         'over')
     model.load_state_dict(newest['trained'], strict=False)
     optimizer.load_state_dict(newest['optimizer'])
     say(f'resumed   after epoch {len(newest["records"])} of {config.epochs}, from {folder}')
@@ -419,20 +423,22 @@ def search(config, again=False):
     scores = []
     for values in product(*config.grid.values()):
         point = dict(zip(config.grid, values))
-        where = f'search/{",".join(f"{name}={value}" for name, value in point.items())}'
+        where = {'score_on': 'val', 'point': f'search/{",".join(f"{name}={value}" for name, value in point.items())}'}
         try:
-            score = run(SimpleNamespace(**vars(config) | point | {'score_on': 'val', 'point': where}), again)['accuracy']
+            score = run(SimpleNamespace(**vars(config) | point | where), again)['accuracy']
         except Diverged as error:
             say(str(error))
             score = None
         scores.append((point, score))
     scores.sort(key=lambda row: (-1 if row[1] is None else row[1], -row[0].get('lr', 0)), reverse=True)
-    write(folder_of(config) / 'search.json', json.dumps([point | {'accuracy': x} for point, x in scores], indent=1).encode())
+    rows = [point | {'accuracy': score} for point, score in scores]
+    write(folder_of(config) / 'search.json', json.dumps(rows, indent=1).encode())
     say(f'search    {config.task}, {config.method}, seed {config.seed}: accuracy on the validation images')
     for point, score in scores:
         say(f'          {point}: {"diverged" if score is None else f"{100 * score:.2f}%"}')
     if scores[0][1] is None:
-        raise Diverged(f'{folder_of(config)}: every point of the grid diverged; give it lower rates: --set grid="{{lr: [...]}}"')
+        raise Diverged(f'{folder_of(config)}: every point of the grid diverged; give it lower rates: '
+                       '--set grid="{lr: [...]}"')
     return scores[0][0]
 
 
@@ -552,7 +558,8 @@ def open_run(folder, device):
     if not result:
         raise InputError(f'{folder}: no finished run; train it first')
     if digest(read(folder / 'params.pth') or b'') != result['params_digest']:
-        raise InputError(f'{folder}/params.pth is not what result.json beside it was measured with; --again trains anew')
+        raise InputError(f'{folder}/params.pth is not what result.json beside it was measured with; --again trains '
+                         'anew')
     config, classes = SimpleNamespace(**result['config']), result['classes']
     model = make_model(config, len(classes)).to(device).eval()
     model.load_state_dict(vit.read_state_dict(folder / 'params.pth'), strict=False)
@@ -660,24 +667,26 @@ def checked(key, value, defaults, where):
     if kind is float and type(value) in (int, str):  # YAML takes 1e-3 for a word
         with suppress(ValueError, OverflowError):
             value = float(value)
+    low, high = RANGES.get(key, (-math.inf, math.inf))
     if type(value) is not kind:
-        raise InputError(f'{where}: {key} is a {kind.__name__}, as {shown(defaults[key])}, not {shown(value)}')
-    low, high = RANGES.get(key, (None, None))
-    if key in RANGES and not low <= value <= high:
-        raise InputError(f'{where}: {key} goes from {low:g} to {high:g}, not {shown(value)}')
-    if key in CHOICES and value not in CHOICES[key]:
-        raise InputError(f'{where}: {key} is one of {", ".join(map(str, CHOICES[key]))}, not {shown(value)}')
-    if key in TEXTS and not value.isprintable():
-        raise InputError(f'{where}: {key} is a text without line ends and control characters, not {shown(value)}')
-    if key in ('mean', 'std') and not (len(value) == 3 and all(type(x) in (int, float) and abs(x) < 1e6 for x in value)):
-        raise InputError(f'{where}: {key} is three numbers, one a colour, not {shown(value)}')
-    if key == 'std' and min(value) <= 0:
-        raise InputError(f'{where}: std has to be positive, not {shown(value)}')
-    if key == 'grid':
-        if not value or not all(isinstance(x, list) and x and name not in TEXTS for name, x in value.items()):
-            raise InputError(f'{where}: grid is a list of values for each setting, as {shown(defaults[key])}, not {shown(value)}')
+        wrong = f'is a {kind.__name__}, as {shown(defaults[key])}'
+    elif key in RANGES and not low <= value <= high:
+        wrong = f'goes from {low:g} to {high:g}'
+    elif key in CHOICES and value not in CHOICES[key]:
+        wrong = f'is one of {", ".join(map(str, CHOICES[key]))}'
+    elif key in TEXTS and not value.isprintable():
+        wrong = 'is a text without line ends and control characters'
+    elif key in ('mean', 'std') and not (
+            len(value) == 3 and all(type(x) in (int, float) and (key == 'mean' or x > 0) and abs(x) < 1e6 for x in value)):
+        wrong = 'is three numbers, one a colour, and std is positive'
+    elif key == 'grid' and not (
+            value and all(isinstance(x, list) and x and name not in TEXTS for name, x in value.items())):
+        wrong = f'is a list of values for each setting, as {shown(defaults[key])}'
+    elif key == 'grid':
         return {name: [checked(name, x, defaults, where) for x in values] for name, values in value.items()}
-    return value
+    else:
+        return value
+    raise InputError(f'{where}: {key} {wrong}, not {shown(value)}')
 
 
 def read_yaml(text, where):
@@ -706,7 +715,7 @@ def read_configs():
             checked(name, defaults[name], defaults, 'configs.yaml: defaults')
         for task, method in product(tasks_of(configs, [*configs['tasks'], *configs['groups']]), configs['methods']):
             if not all(re.fullmatch(r'\w[\w.+-]*', name) for name in (task, method)):  # they are names of folders
-                raise InputError(f'configs.yaml: {shown(task)}, {shown(method)}: names are of letters, digits and . _ + -')
+                raise InputError(f'configs.yaml: {shown(task)}, {shown(method)}: names have letters, digits and . _ + -')
             settings(configs, task, method)
         for model in configs['models']:
             settings(configs, defaults['task'], defaults['method'], model)
@@ -714,7 +723,8 @@ def read_configs():
         if not all(type(x) in (int, float) and 0 <= x <= 100 for x in figures):
             raise InputError('configs.yaml: paper: an accuracy goes from 0 to 100')
     except (LookupError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f'configs.yaml: something in it is missing or misplaced ({type(error).__name__}: {error})') from None
+        raise InputError('configs.yaml: something in it is missing or misplaced '
+                         f'({type(error).__name__}: {error})') from None
     return configs
 
 
@@ -736,7 +746,7 @@ def arguments(argv):
     parser.add_argument('--data', help='folder of the data sets')
     parser.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', action='extend',
                         help='any setting of configs.yaml')
-    parser.add_argument('--search', action='store_true', help="search the grid on the validation images before each run")
+    parser.add_argument('--search', action='store_true', help='search the grid on the validation images first')
     parser.add_argument('--report', action='store_true', help='a table of what has been run, beside the paper')
     parser.add_argument('--noise', metavar='RATES', help='test finished runs on noisy images: 0,0.1,0.2')
     parser.add_argument('--show', action='store_true', help='draw the attention of finished runs (Figure 7)')
@@ -780,7 +790,9 @@ def command(args, changes, configs):
                 entry(configs, section, name)
         report(configs, folder, args.task and names, methods)
         return 0
-    seeds = [{}] if args.seed is None else [{'seed': read_yaml(s, '--seed')} for s in dict.fromkeys(args.seed.split(','))]
+    seeds = [{}]
+    if args.seed is not None:
+        seeds = [{'seed': read_yaml(seed, '--seed')} for seed in dict.fromkeys(args.seed.split(','))]
     runs = [config for task, seed in product(dict.fromkeys(tasks_of(configs, names)), seeds)
             for config in settings(configs, task, args.method, args.model, changes | seed)]
     if args.noise is not None:

@@ -94,7 +94,7 @@ class Attention(nn.Module):
     def one_query(self, token, *context):
         """As `forward`, for one token [B, 1, D]: its query goes to the keys' side, so that no key and no value is made.
 
-        qᵀ(W_K x + b_K) = (W_Kᵀ q)ᵀ x + qᵀb_K, whose last term is the same for every x and cancels in the softmax;
+        qᵀ(W_K x + b_K) = (W_Kᵀ q)ᵀ x + qᵀb_K, and the last term, the same for every x, cancels in the softmax;
         Σ_i w_i (W_V x_i + b_V) = W_V Σ_i w_i x_i + b_V, since the weights sum to 1."""
         x = token, *context
         W_Q, W_K, W_V = self.qkv.weight.unflatten(0, (3, self.N_h, -1))  # [N_h, d, D]

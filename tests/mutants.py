@@ -182,7 +182,7 @@ MUTANTS = [
     ('every run checks every image again', 'data.py', 'DECODED.update(path for path, _ in new)', 'pass', FORMATS),
     ('KITTI is cropped and flipped', 'configs.yaml', 'n_test: 711, N: 50, k: 10, augment: none', 'n_test: 711, N: 50, k: 10', FORMATS),
     # many runs
-    ('a search scores on the test images', 'train.py', "{'score_on': 'val', 'point': where}", "{'score_on': 'test', 'point': where}", SWEEPS),
+    ('a search scores on the test images', 'train.py', "{'score_on': 'val', 'point': f'search", "{'score_on': 'test', 'point': f'search", SWEEPS),
     ('of equal points the larger learning rate wins', 'train.py', "-row[0].get('lr', 0))", "row[0].get('lr', 0))", SWEEPS),
     ('a search takes the worst point', 'train.py', "row[0].get('lr', 0)), reverse=True)", "row[0].get('lr', 0)))", SWEEPS),
     ('a point that diverges ends the search', 'train.py', 'except Diverged as error:', 'except ZeroDivisionError as error:', SWEEPS),
