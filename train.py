@@ -676,8 +676,8 @@ def checked(key, value, defaults, where):
         wrong = f'is one of {", ".join(map(str, CHOICES[key]))}'
     elif key in TEXTS and not value.isprintable():
         wrong = 'is a text without line ends and control characters'
-    elif key in ('mean', 'std') and not (
-            len(value) == 3 and all(type(x) in (int, float) and (key == 'mean' or x > 0) and abs(x) < 1e6 for x in value)):
+    elif key in ('mean', 'std') and not (len(value) == 3 and all(
+            type(x) in (int, float) and abs(x) < 1e6 and (x > 0 or key == 'mean') for x in value)):
         wrong = 'is three numbers, one a colour, and std is positive'
     elif key == 'grid' and not (
             value and all(isinstance(x, list) and x and name not in TEXTS for name, x in value.items())):
@@ -715,7 +715,7 @@ def read_configs():
             checked(name, defaults[name], defaults, 'configs.yaml: defaults')
         for task, method in product(tasks_of(configs, [*configs['tasks'], *configs['groups']]), configs['methods']):
             if not all(re.fullmatch(r'\w[\w.+-]*', name) for name in (task, method)):  # they are names of folders
-                raise InputError(f'configs.yaml: {shown(task)}, {shown(method)}: names have letters, digits and . _ + -')
+                raise InputError(f'configs.yaml: {shown(task)}, {shown(method)}: names have letters, digits, . _ + -')
             settings(configs, task, method)
         for model in configs['models']:
             settings(configs, defaults['task'], defaults['method'], model)
