@@ -184,7 +184,7 @@ def loop(task, changes, rounds):
             optimizer.step()
 
     rates = []
-    for record in train.train(model, learn, config, device):
+    for record in train.train(model, optimizer, learn, config, device):
         steps = round(len(learn) / len(labels))
         rates.append((record['images_per_second'], steps * len(labels) / seconds(alone, device=device.type)))
     in_loop, by_itself = (statistics.median(rate) for rate in zip(*rates[1:]))
