@@ -117,11 +117,9 @@ class Express(nn.Module):
         """A layer (vit.Layer), written out, for [z_cls, Z, P̂], [B, T, D]; returns what the layer does."""
         x = add_last(layer.norm1(tokens), self.norm1)
         q, k, v = layer.attn.split(add_last(layer.attn.qkv(x), self.qkv))  # [B, N_h, T, d]
-        with torch.no_grad():
-            w = (q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(dim=1).squeeze(1)  # [B, T]
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, T, D]
         tokens = tokens + add_last(layer.attn.proj(attended), self.proj)
-        return tokens + layer.mlp(layer.norm2(tokens)), w
+        return tokens + layer.mlp(layer.norm2(tokens)), layer.attn.first_row(q, k)
 
 
 # ---- The model ------------------------------------------------------------------------------------------

@@ -85,11 +85,14 @@ class Attention(nn.Module):
             pairs = [self.split(F.linear(c, W_KV, b_KV)) for c in context]
             k, v = (torch.cat([x, *(y.expand(B, -1, -1, -1) for y in more)], dim=2)
                     for x, more in zip((k, v), zip(*pairs)))  # [B, N_h, T + n + ..., d]
+        attended = F.scaled_dot_product_attention(q, k, v)  # [B, N_h, T, d]
+        return self.proj(attended.transpose(1, 2).flatten(2)), self.first_row(q, k)
+
+    def first_row(self, q, k):
+        """w [B, T]: how the first query of q weighs the T keys of k, [B, N_h, T, d] each; mean over the heads."""
         with torch.no_grad():  # one row beside the fused kernel, which never shows its matrix
             w = (q[:, :, :1] @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
-            w = w.mean(dim=1).squeeze(1)  # [B, T + n + ...]
-        attended = F.scaled_dot_product_attention(q, k, v)  # [B, N_h, T, d]
-        return self.proj(attended.transpose(1, 2).flatten(2)), w
+            return w.mean(dim=1).squeeze(1)
 
     def one_query(self, token, *context):
         """As `forward`, for one token [B, 1, D]: its query goes to the keys' side, so that no key and no value is made.

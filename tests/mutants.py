@@ -19,7 +19,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 VPT, CDC, ALPHA, AR = ('test_3_1_vit_and_vpt', 'test_3_3_cdc_and_da', 'test_3_4_reweighting',
                        'test_3_5_attentive_reinforcement')
-STRUCT = 'test_4_3_structures'
+STRUCT, LOOK = 'test_4_3_structures', 'test_A_attention_maps'
 LOOP, DATA, COUNTS, FILES, INPUT, STOPS, FUZZ = (
     'test_4_1_training', 'test_4_1_data', 'test_4_accounting', 'test_weights', 'test_bad_input', 'test_4_1_interruptions',
     'test_bad_input_fuzz')
@@ -32,7 +32,7 @@ MUTANTS = [
     ('keys and values of prompts are swapped', 'vit.py', 'zip(*pairs)', 'list(zip(*pairs))[::-1]', VPT),
     ('prompts have no bias in their keys and values', 'vit.py', 'F.linear(c, W_KV, b_KV)', 'F.linear(c, W_KV, 0 * b_KV)', VPT),
     ('sqrt(D) for sqrt(D / N_h) in attention', 'vit.py', 'attention(q, k, v)', 'attention(q, k, v, scale=D ** -0.5)', VPT),
-    ('sqrt(D) for sqrt(D / N_h) in the row of weights', 'vit.py', '/ q.shape[-1] ** 0.5).softmax', '/ D ** 0.5).softmax', VPT),
+    ('sqrt(D) for sqrt(D / N_h) in the row of weights', 'vit.py', '/ q.shape[-1] ** 0.5).softmax', '/ self.proj.in_features ** 0.5).softmax', VPT),
     ('the row of weights is that of one head', 'vit.py', 'w.mean(dim=1).squeeze(1)', 'w[:, 0].squeeze(1)', VPT),
     ('the row of weights is the maximum over heads', 'vit.py', 'w.mean(dim=1).squeeze(1)', 'w.amax(dim=1).squeeze(1)', VPT),
     ('the row of weights is from before the softmax', 'vit.py', '** 0.5).softmax(-1)', '** 0.5)', VPT),
@@ -125,7 +125,12 @@ MUTANTS = [
     ('EXPRESS without its residual on qkv', 'ivpt.py', 'add_last(layer.attn.qkv(x), self.qkv)', 'layer.attn.qkv(x)', STRUCT),
     ('EXPRESS with the residuals of one layer in all', 'ivpt.py', 'self.express[l](layer', 'self.express[0](layer', STRUCT),
     ('EXPRESS does not start as VPT-shallow', 'ivpt.py', 'self.proj = nn.Parameter(torch.zeros(N, D))', 'self.proj = nn.Parameter(torch.ones(N, D))', STRUCT),
-    ("EXPRESS's weights are those of the last token", 'ivpt.py', '(q[:, :, :1] @ k.mT', '(q[:, :, -1:] @ k.mT', STRUCT),
+    ("EXPRESS's weights are those of the last token", 'ivpt.py', 'layer.attn.first_row(q, k)', 'layer.attn.first_row(q.flip(2), k)', STRUCT),
+    ('look: the first tokens are taken for the prompts', 'ivpt.py', '[..., -P.shape[1]:, :]', '[..., :P.shape[1], :]', LOOK),
+    ('look: Ω of top-k where all tokens are reinforced', 'ivpt.py', "'') == 'topk' else None", "'') != 'none' else None", LOOK),
+    ('AR at all tokens, in the wrong order', 'ivpt.py', 'torch.arange(w.shape[-1], device=w.device)', 'torch.arange(w.shape[-1], device=w.device).flip(0)', STRUCT),
+    ('BitFit without the head', 'train.py', "name.endswith('.bias') or name.startswith('head.')", "name.endswith('.bias')", STRUCT),
+    ('CDC of the image', 'ivpt.py', 'tokens, w = layer(tokens, P_hat[l])', 'tokens, w = layer(tokens, P_hat[l] + tokens[:, :1].detach())', CDC),
     ('the last layer does not see inherited prompts', 'ivpt.py', 'layer(tokens[:, :1], tokens[:, 1:])', 'layer(tokens[:, :1], tokens[:, 1:1 + self.M])', STRUCT),
     ('AR "All" from the last position to the first', 'ivpt.py', 'torch.arange(w.shape[-1], device=w.device)', 'torch.arange(w.shape[-1], device=w.device).flip(0)', STRUCT),
     ('AR "All" with k rows', 'ivpt.py', "k = vit.M if reinforcement == 'all' else k", "k = min(k, vit.M)", STRUCT),
