@@ -113,13 +113,14 @@ class Express(nn.Module):
         self.qkv = nn.Parameter(torch.zeros(N, 3 * D))
         self.proj = nn.Parameter(torch.zeros(N, D))
 
-    def forward(self, layer, tokens):
+    def forward(self, layer, tokens, need_weights=True):
         """A layer (vit.Layer), written out, for [z_cls, Z, P̂], [B, T, D]; returns what the layer does."""
         x = add_last(layer.norm1(tokens), self.norm1)
         q, k, v = layer.attn.split(add_last(layer.attn.qkv(x), self.qkv))  # [B, N_h, T, d]
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, T, D]
         tokens = tokens + add_last(layer.attn.proj(attended), self.proj)
-        return tokens + layer.mlp(layer.norm2(tokens)), layer.attn.first_row(q, k)
+        w = layer.attn.first_row(q, k) if need_weights else None
+        return tokens + layer.mlp(layer.norm2(tokens)), w
 
 
 # ---- The model ------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ class IVPT(nn.Module):
         P_hat = self.prompts().unbind()  # L of [N, D]
         tokens = self.vit.embed(images)  # [z_cls, Z], [B, 1 + M, D]
         for l, layer in enumerate(self.vit.blocks[:-1]):
-            tokens, w = layer(tokens, P_hat[l])  # Eq. 3, w [B, 1 + M + N]
+            tokens, w = layer(tokens, P_hat[l], need_weights=self.P_re is not None)  # Eq. 3, w [B, 1 + M + N]
             if self.P_re is not None:
                 w_Z = w[:, 1:1 + self.M]  # among the image tokens
                 Omega = top_k(w_Z, self.k) if self.reinforcement == 'topk' else all_tokens(w_Z)  # Eq. 14
@@ -246,9 +247,9 @@ class IVPT(nn.Module):
             if self.structure == 'provp' and l > 0:
                 tokens = add_last(tokens, self.P[l])  # P̂^l = P^l + 𝒯^{l-1}(P̂^{l-1})
             if self.structure == 'express':
-                tokens, _ = self.express[l](layer, tokens)
+                tokens, _ = self.express[l](layer, tokens, need_weights=False)
             elif l + 1 < len(self.vit.blocks):
-                tokens, _ = layer(tokens)
+                tokens, _ = layer(tokens, need_weights=False)
             else:
                 tokens, _ = layer(tokens[:, :1], tokens[:, 1:])  # only z_cls is read
         return tokens[:, 0]
@@ -263,12 +264,16 @@ def look(model, images):
     enter the layers, [L, N, D], or [B, L, N, D] if they are inherited, or None without prompts."""
     vit, P, rows, P_hat = getattr(model, 'vit', model), getattr(model, 'P', None), [], []
 
+    def ask(layer, inputs, options):
+        return inputs, {'need_weights': True}
+
     def hook(layer, inputs, outputs):
         rows.append(outputs[1])
         P_hat.append(None if P is None else inputs[-1][..., -P.shape[1]:, :])  # [N, D] or [B, N, D]
 
     layers = getattr(model, 'express', None) or vit.blocks
-    hooks = [layer.register_forward_hook(hook) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(ask, with_kwargs=True) for layer in layers]
+    hooks += [layer.register_forward_hook(hook) for layer in layers]
     try:
         logits = model(images)
     finally:

@@ -66,18 +66,18 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (-1, self.N_h, self.proj.in_features // self.N_h))  # [..., T, j, N_h, d]
         return [part.transpose(-2, -3) for part in x.unbind(-3)]
 
-    def forward(self, tokens, *context):
+    def forward(self, tokens, *context, need_weights=True):
         """Let tokens [B, T, D] attend to themselves and to every context, [B, n, D] or [n, D].
 
         Returns the attended tokens [B, T, D] and w [B, T + n + ...]: the weights of the first token's
-        query over all keys, mean over the heads, without gradient.
+        query over all keys, mean over the heads, without gradient; or None, unless need_weights.
 
         What is only attended to needs no query, and a context without a batch dimension (prompts: they
         do not depend on the image) needs its keys and values once, not once an image.
         """
         B, T, D = tokens.shape
         if T == 1:
-            return self.one_query(tokens, *context)
+            return self.one_query(tokens, *context)  # its weights come by themselves
         q, k, v = self.split(self.qkv(tokens))  # [B, N_h, T, d]
         if context:
             q = q.contiguous()  # lets go of the rest of qkv, which the backward pass would keep
@@ -86,7 +86,8 @@ class Attention(nn.Module):
             k, v = (torch.cat([x, *(y.expand(B, -1, -1, -1) for y in more)], dim=2)
                     for x, more in zip((k, v), zip(*pairs)))  # [B, N_h, T + n + ..., d]
         attended = F.scaled_dot_product_attention(q, k, v)  # [B, N_h, T, d]
-        return self.proj(attended.transpose(1, 2).flatten(2)), self.first_row(q, k)
+        w = self.first_row(q, k) if need_weights else None
+        return self.proj(attended.transpose(1, 2).flatten(2)), w
 
     def first_row(self, q, k):
         """w [B, T]: how the first query of q weighs the T keys of k, [B, N_h, T, d] each; mean over the heads."""
@@ -132,14 +133,14 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(D, eps=1e-6)
         self.mlp = Mlp(D)
 
-    def forward(self, tokens, *context):
+    def forward(self, tokens, *context, need_weights=True):
         """Eq. 1. Update tokens [B, T, D]; context tokens, if any, are attended to and not updated.
 
         Returns the updated tokens and the first token's attention weights over tokens and context, as
         `Attention.forward`. With prompts as context this is Eq. 2 and 3, whose "..." drops the outputs
         at the prompts' places, and the weights are the w̃ of Eq. 14.
         """
-        attended, w = self.attn(self.norm1(tokens), *(self.norm1(c) for c in context))
+        attended, w = self.attn(self.norm1(tokens), *(self.norm1(c) for c in context), need_weights=need_weights)
         tokens = tokens + attended
         return tokens + self.mlp(self.norm2(tokens)), w
 
@@ -194,7 +195,7 @@ class ViT(nn.Module):
         """Eq. 1, every token through every layer: images [B, 3, H, W] -> logits [B, C]."""
         tokens = self.embed(images)
         for layer in self.blocks:
-            tokens, _ = layer(tokens)
+            tokens, _ = layer(tokens, need_weights=False)
         return self.head(self.norm(tokens)[:, 0])
 
 

@@ -51,7 +51,8 @@ class Concatenated(torch.nn.Module):
         N, last = P_hat.shape[1], len(vit.blocks) - 1
         for l, layer in enumerate(vit.blocks):
             prompts = P_hat[l].expand(len(tokens), -1, -1)
-            x, w = layer(torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1))
+            x, w = layer(torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1),
+                         need_weights=model.P_re is not None and l < last)
             tokens = torch.cat([x[:, :1], x[:, 1 + N:]], dim=1)
             if model.P_re is not None and l < last:
                 tokens = reinforce(tokens, 1 + top_k(w[:, 1 + N:], model.k), model.P_re[l])

@@ -8,7 +8,7 @@ import oracle
 import vit
 from ivpt import IVPT, reinforce, top_k
 from oracle import close
-from strategies import METHODS, cases, plain_vit, random_model, randomised
+from strategies import METHODS, OTHERS, Case, cases, plain_vit, random_model, randomised
 
 with_reinforcement = pytest.mark.parametrize('method', ['vpt_ar', 'cdc_ar', 'ivpt'])
 
@@ -190,6 +190,21 @@ def test_ivpt_starts_as_cdc(case):
     built = IVPT(plain_vit(case), case.C, case.N, case.k).double()
     model.gamma.data, model.P_re.data = built.gamma.data, built.P_re.data
     assert torch.equal(model(case.images()), random_model(case, **METHODS['cdc'])(case.images()))
+
+
+@pytest.mark.parametrize('method', METHODS | OTHERS)
+def test_nobody_computes_attention_weights_that_nobody_reads(method, monkeypatch):
+    """The fused kernel never shows its matrix, so w̃ costs a product of its own: L - 1 of them, for AR alone. A
+    plain ViT computes none, and is a fair measure of what prompts cost."""
+    rows, first_row = [], vit.Attention.first_row
+    case = Case(B=1, L=3, N=2, M=4, N_h=1, d=3, k=2, C=2, seed=0)
+    monkeypatch.setattr(vit.Attention, 'first_row', lambda *args: rows.append(args) or first_row(*args))
+    model = random_model(case, **(METHODS | OTHERS)[method])
+    model(case.images())
+    assert len(rows) == (0 if model.P_re is None else case.L - 1)
+    del rows[:]
+    model.vit(case.images())
+    assert not rows
 
 
 # ---- Whether prompts are in the softmax -----------------------------------------------------------------
