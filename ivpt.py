@@ -79,12 +79,12 @@ def top_k(w, k):
     return w.topk(k, dim=-1).indices
 
 
-def reinforce(Z, Omega, P_re):
-    """Eq. 15. Z̃[Ω] = Z[Ω] + P_re, row by row in Ω's order, and Z̃ = Z elsewhere.
+def reinforce_(Z, Omega, P_re):
+    """Eq. 15. Z̃[Ω] = Z[Ω] + P_re, row by row in Ω's order, and Z̃ = Z elsewhere. In place: Z becomes Z̃.
 
     Z [B, T, D], Omega [B, k] with no position twice, P_re [k, D] -> Z̃ [B, T, D]."""
     B, k, D = *Omega.shape, Z.shape[-1]
-    return Z.scatter_add(1, Omega.unsqueeze(-1).expand(B, k, D), P_re.expand(B, k, D))
+    return Z.scatter_add_(1, Omega.unsqueeze(-1).expand(B, k, D), P_re.expand(B, k, D))
 
 
 def all_tokens(w):
@@ -233,7 +233,7 @@ class IVPT(nn.Module):
             if self.P_re is not None:
                 w_Z = w[:, 1:1 + self.M]  # among the image tokens
                 Omega = top_k(w_Z, self.k) if self.reinforcement == 'topk' else all_tokens(w_Z)  # Eq. 14
-                tokens = reinforce(tokens, 1 + Omega, self.P_re[l])  # Eq. 15, z_cls stands at 0
+                tokens = reinforce_(tokens, 1 + Omega, self.P_re[l])  # Eq. 15, z_cls stands at 0
         z_cls, Z = tokens.split([1, self.M], dim=1)
         z_cls, _ = self.vit.blocks[-1](z_cls, Z, P_hat[-1])  # Eq. 3
         return self.head(self.vit.norm(z_cls.squeeze(1)))

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
 import vit
-from ivpt import IVPT, reinforce, top_k
+from ivpt import IVPT, reinforce_, top_k
 
 METHODS = {
     'VPT': dict(structure='vpt', aggregation=False, reinforcement='none'),
@@ -55,7 +55,7 @@ class Concatenated(torch.nn.Module):
                          need_weights=model.P_re is not None and l < last)
             tokens = torch.cat([x[:, :1], x[:, 1 + N:]], dim=1)
             if model.P_re is not None and l < last:
-                tokens = reinforce(tokens, 1 + top_k(w[:, 1 + N:], model.k), model.P_re[l])
+                tokens = reinforce_(tokens, 1 + top_k(w[:, 1 + N:], model.k), model.P_re[l])
         return model.head(vit.norm(tokens[:, 0]))
 
 
@@ -170,7 +170,7 @@ def loop(task, changes, rounds):
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     pictures = data.load(config)
     model = train.make_model(config, len(pictures.classes)).to(device)
-    learn = data.in_memory(pictures.train + pictures.val, config)
+    learn = data.in_memory(pictures.train + pictures.val, config, device)
     images, labels = (x.clone() for x in next(data.batches(learn, config, device, epoch=0)))
     images.normal_()
     optimizer = train.make_optimizer(model, config)

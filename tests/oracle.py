@@ -200,7 +200,7 @@ def watch(model, images):
     def hook(layer, args, out):
         *tokens, P = args
         entered.append((torch.cat(tokens, dim=1), P))
-        left.append(out)
+        left.append((out[0].clone(), out[1]))  # Eq. 15 works in place
 
     hooks = [block.register_forward_hook(hook) for block in model.vit.blocks]
     model(images)

@@ -16,7 +16,7 @@ from pictures import CONFIGS, no_network, tiny  # noqa: F401
 import oracle
 import train
 import vit
-from ivpt import IVPT, Express, add_last, all_tokens, cdc, look, reinforce, top_k, vanilla_cdc
+from ivpt import IVPT, Express, add_last, all_tokens, cdc, look, reinforce_, top_k, vanilla_cdc
 from oracle import close
 from strategies import METHODS, OTHERS, Case, cases, plain_vit, random_layer, random_model, random_vit
 
@@ -206,7 +206,7 @@ def test_all_takes_every_position_in_order_whatever_the_weights(case):
     w, Z = case.normal('w', case.B, case.M), case.normal('Z', case.B, case.M, case.D)
     P_re = case.normal('P_re', case.M, case.D)
     assert all_tokens(w).tolist() == [list(range(case.M))] * case.B
-    assert torch.equal(reinforce(Z, all_tokens(w), P_re), Z + P_re)
+    assert torch.equal(reinforce_(Z.clone(), all_tokens(w), P_re), Z + P_re)
 
 
 @given(cases())
@@ -215,8 +215,8 @@ def test_all_is_topk_with_k_equal_to_M_up_to_the_order_of_each_image(case):
     is each image's own. What M tokens are given is the same, who gets what is not."""
     w, Z = case.normal('w', case.B, case.M), case.normal('Z', case.B, case.M, case.D)
     P_re, Omega = case.normal('P_re', case.M, case.D), top_k(w, case.M)
-    each = [reinforce(Z[b:b + 1], all_tokens(w[b:b + 1]), P_re[Omega[b].argsort()]) for b in range(case.B)]
-    assert torch.equal(reinforce(Z, Omega, P_re), torch.cat(each))
+    each = [reinforce_(Z[b:b + 1].clone(), all_tokens(w[b:b + 1]), P_re[Omega[b].argsort()]) for b in range(case.B)]
+    assert torch.equal(reinforce_(Z.clone(), Omega, P_re), torch.cat(each))
 
 
 @given(cases(B=1))
