@@ -102,13 +102,14 @@ def resized(config):
     return round(config.img_size * 256 / 224)
 
 
-def in_memory(pictures, config):
-    """Decode all pictures once, if they fit into `cache_gb` as uint8; else leave them in their files."""
+def in_memory(pictures, config, device):
+    """Decode all pictures once, if they fit into `cache_gb` as uint8, to be cropped and flipped on the device; else
+    leave them in their files."""
     pixels = config.img_size ** 2 if config.augment == 'none' else 4 / 3 * resized(config) ** 2  # most are 4:3
     if isinstance(pictures, list) or len(pictures) * 3 * pixels > config.cache_gb * 1e9:
         return pictures
     loader = DataLoader(pictures, batch_size=None, num_workers=config.workers)
-    return [(image.clone(), label) for image, label in loader]  # clone: out of the workers' shared memory
+    return [(image.to(device, copy=True), label) for image, label in loader]  # copy: out of the workers' shared memory
 
 
 DECODED = set()  # files that `check` has found whole

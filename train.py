@@ -169,7 +169,7 @@ def run(config, again=False):
     header(config, task, model, device)
     records = [] if again else resume(folder, model, optimizer, config, device)
     live(f'decoding {len(learn)} + {len(score)} images')
-    learn = data.in_memory(learn, config)
+    learn = data.in_memory(learn, config, device)
     for pictures in (learn, score):
         data.check(pictures, config)
     if again:
@@ -185,6 +185,9 @@ def run(config, again=False):
     except FloatingPointError as error:
         raise Diverged(f'{error}. {kept(folder, records)}. Lower the learning rate: '
                        f'--set lr={config.lr / 4:g}') from None
+    except torch.cuda.OutOfMemoryError:
+        raise InputError(f'the GPU has too little memory for batch={config.batch}. {kept(folder, records)}. Take smaller '
+                         f'batches, and --again: --set batch={config.batch // 2}') from None
     except KeyboardInterrupt as stop:
         where = f'in epoch {len(records) + 1} of {config.epochs}' if len(records) < config.epochs else 'while testing'
         stop.where = f'{where}. {kept(folder, records)}; the same command goes on from there'
@@ -458,17 +461,17 @@ def spread(values):
     return f'{fmean(values):.1f}' + (f' ± {stdev(values):.1f}' if len(values) > 1 else '') if values else ''
 
 
-def report(configs, folder, names=None, methods=None):
+def report(configs, folder, names=None, methods=None, seeds=None):
     """Print, in Markdown and the layout of Table 10, the test accuracies of finished runs, and under each method the
     paper's with the difference. A group is the mean of its members, and empty as long as one is missing.
 
-    names: of tasks and groups; names and methods are those that have been run where they are not given."""
+    names: of tasks and groups. Names, methods and seeds are those that have been run where they are not given."""
     there = [path.parts[-4:-2] for path in folder.glob('*/*/seed*/result.json')]  # task and method
     names = names or [name for name in configs['tasks'] if name in {task for task, _ in there}]
     methods = methods or [name for name in configs['methods'] if name in {method for _, method in there}]
     results = {}
-    for task, method in product(tasks_of(configs, names), methods):
-        for file in sorted((folder / task / method).glob('seed*/result.json')):
+    for task, method, seed in product(tasks_of(configs, names), methods, seeds or '*'):
+        for file in sorted((folder / task / method).glob(f'seed{seed}/result.json')):
             if (result := read_result(file.parent)) and result['score_on'] == 'test':
                 results[task, method, result['seed']] = result
     seeds = sorted({seed for *_, seed in results})
@@ -480,23 +483,23 @@ def report(configs, folder, names=None, methods=None):
         return results[name, method, seed]['accuracy'] if (name, method, seed) in results else None
 
     shown = columns(configs, names)
-    say(row('method', 'trained', shown) + '\n' + '| --- ' * (2 + len(shown)) + '|')
+    say(markdown('method', 'trained', shown) + '\n' + '| --- ' * (2 + len(shown)) + '|')
     for method in methods:
         sizes = [result['trained_parameters'] / 1e6 for (_, name, _), result in results.items() if name == method]
         ours = [[x for seed in seeds if (x := value(name, method, seed)) is not None] for name in shown]
         paper = [configs['paper'].get(name, {}).get(method) for name in shown]
-        say(row(f'`{method}`', f'{fmean(sizes):.3f}M' if sizes else '', map(spread, ours)))
+        say(markdown(f'`{method}`', f'{fmean(sizes):.3f}M' if sizes else '', map(spread, ours)))
         if any(paper):
             published = configs['methods'][method].get('paper_params')
-            say(row('the paper', f'{published:.2f}M' if published else '', (x or '' for x in paper)))
-            say(row('difference', '', (f'{100 * fmean(x) - y:+.1f}' if x and y else '' for x, y in zip(ours, paper))))
+            say(markdown('the paper', f'{published:.2f}M' if published else '', (x or '' for x in paper)))
+            say(markdown('difference', '', (f'{100 * fmean(x) - y:+.1f}' if x and y else '' for x, y in zip(ours, paper))))
     for (task, method, seed), result in results.items():
         first = next(r for (t, m, _), r in results.items() if (t, m) == (task, method))['config']
         if changed := differences(first | {'seed': seed}, result['config']):
             say(f'{task}, {method}: seeds {first["seed"]} and {seed} differ in more than the seed: {changed}')
 
 
-def row(*cells):
+def markdown(*cells):
     """A row of a Markdown table: texts, and lists of them."""
     return '| ' + ' | '.join(str(x) for cell in cells for x in ([cell] if isinstance(cell, str) else cell)) + ' |'
 
@@ -512,9 +515,9 @@ def with_noise(runs, rates):
         scores = {str(rate): accuracy(model, test, stored, device, rate) for rate in rates}
         write_result(folder, result | {'noise': result.get('noise', {}) | scores})
         found.setdefault((config.task, config.method), []).append(scores.values())
-    say(row('task', 'method', rates) + '\n' + '| --- ' * (2 + len(rates)) + '|')
+    say(markdown('task', 'method', rates) + '\n' + '| --- ' * (2 + len(rates)) + '|')
     for (task, method), scores in found.items():
-        say(row(task, f'`{method}`', map(spread, zip(*scores))))
+        say(markdown(task, f'`{method}`', map(spread, zip(*scores))))
 
 
 # ---- Looking at a run (Figure 7) -----------------------------------------------------------------------
@@ -782,18 +785,17 @@ def main(argv=None):
 def command(args, changes, configs):
     """Report, draw, test or train, by the command line's arguments and the settings that it changes."""
     names = (configs['defaults']['task'] if args.task is None else args.task).split(',')
+    seeds = [checked('seed', read_yaml(seed, '--seed'), configs['defaults'], '--seed')
+             for seed in dict.fromkeys(args.seed.split(',') if args.seed is not None else ())]
     if args.report:
         folder = Path(checked('runs', changes.get('runs', configs['defaults']['runs']), configs['defaults'], '--set'))
         methods = args.method and args.method.split(',')
         for section, known in (('tasks', tasks_of(configs, names)), ('methods', methods or ())):
             for name in known:
                 entry(configs, section, name)
-        report(configs, folder, args.task and names, methods)
+        report(configs, folder, args.task and names, methods, seeds)
         return 0
-    seeds = [{}]
-    if args.seed is not None:
-        seeds = [{'seed': read_yaml(seed, '--seed')} for seed in dict.fromkeys(args.seed.split(','))]
-    runs = [config for task, seed in product(dict.fromkeys(tasks_of(configs, names)), seeds)
+    runs = [config for task, seed in product(dict.fromkeys(tasks_of(configs, names)), [{'seed': x} for x in seeds] or [{}])
             for config in settings(configs, task, args.method, args.model, changes | seed)]
     if args.noise is not None:
         rates = [read_yaml(rate, '--noise') for rate in args.noise.split(',')]

@@ -183,16 +183,26 @@ def test_a_test_picture_is_resized_cropped_in_the_middle_and_normalised(width, h
 def test_pictures_in_memory_are_those_in_the_files(workers, tmp_path):
     oxford(tmp_path)
     config, task = pets(tmp_path, workers=workers)
-    kept = data.in_memory(task.train, config)
+    kept = data.in_memory(task.train, config, CPU)
     assert isinstance(kept, list) and len(kept) == len(task.train)
     for (picture, label), (kept_picture, kept_label) in zip((task.train[i] for i in range(len(kept))), kept):
         assert label == kept_label and torch.equal(picture, kept_picture)
 
 
+def test_pictures_in_memory_are_on_the_device_and_are_cropped_and_flipped_there(tmp_path):
+    """Torch's meta device stands for a GPU: it has shapes and no values."""
+    oxford(tmp_path)
+    config, task = pets(tmp_path)
+    kept = [picture for picture, _ in data.in_memory(task.train, config, torch.device('meta'))]
+    images = data.augment(kept, config, torch.Generator())
+    assert {x.device.type for x in (*kept, images)} == {'meta'}
+    assert images.shape == (len(kept), 3, config.img_size, config.img_size) and images.dtype == torch.uint8
+
+
 def test_what_does_not_fit_in_memory_stays_in_its_files(tmp_path):
     oxford(tmp_path)
     config, task = pets(tmp_path, cache_gb=0)
-    assert data.in_memory(task.train, config) is task.train
+    assert data.in_memory(task.train, config, CPU) is task.train
 
 
 # ---- From pictures to batches ---------------------------------------------------------------------------
@@ -237,7 +247,7 @@ def test_an_epoch_is_the_same_from_files_from_memory_and_from_workers(tmp_path):
     config, task = pets(tmp_path)
     with_workers = tiny('pets', workers=2)
     images, labels = epoch_of(task.train, config, 1)
-    for pictures, how in ((task.train, with_workers), (data.in_memory(task.train, config), config)):
+    for pictures, how in ((task.train, with_workers), (data.in_memory(task.train, config, CPU), config)):
         other_images, other_labels = epoch_of(pictures, how, 1)
         assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
 

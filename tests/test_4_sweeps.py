@@ -196,6 +196,22 @@ def test_seeds_that_differ_in_more_than_the_seed_are_said(results, tmp_path, cap
     assert 'x, vpt: seeds 0 and 2 differ in more than the seed: lr 0.1 -> 0.3' in reported(capsys, tmp_path)[1]
 
 
+def test_a_report_of_some_seeds_leaves_the_others_out(results, tmp_path, capsys):
+    for seed, accuracy in enumerate((0.1, 0.2, 0.3)):
+        results('x', 'cdc', seed, accuracy)
+    assert reported(capsys, tmp_path, ['x'], ['cdc'], [1])[0][2][2] == '20.0'
+    assert reported(capsys, tmp_path, ['x'], ['cdc'], [2, 0])[0][2][2].startswith('20.0 ± 14.1')
+
+
+def test_a_report_takes_the_seeds_of_the_command_line(tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, 'report', lambda *args: asked.append(args[-1]))
+    for argv in ((), ('--seed', '0,2,0')):
+        assert train.main(['--report', *argv, '--set', f'runs={tmp_path}']) == 0
+    assert asked == [[], [0, 2]]
+    assert train.main(['--report', '--seed', '*']) == 2
+
+
 def test_a_report_of_nothing_has_no_numbers(tmp_path, capsys):
     assert train.main(['--report', '--set', f'runs={tmp_path}']) == 0
     assert not re.search(r'\d', capsys.readouterr().out)

@@ -294,6 +294,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_the_last_good_epoch_is_ke
     assert not (folder_of(tmp_path) / 'result.json').exists()
 
 
+def test_a_batch_for_which_a_gpu_has_no_memory_is_named_and_a_smaller_one_proposed(tmp_path, refusal, monkeypatch):
+    def forward(*args):
+        raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')
+    monkeypatch.setattr(train.ivpt.IVPT, 'forward', forward)
+    err = refusal('--method', 'ivpt', batch=48)
+    assert 'too little memory for batch=48. No epoch was done yet' in err and '--set batch=24' in err
+
+
 def test_a_loss_that_is_not_a_number_from_the_start_leaves_nothing_to_keep(refusal, monkeypatch):
     loss_that_breaks(monkeypatch, step=1)
     assert 'No epoch was done yet' in refusal('--method', 'ivpt')
