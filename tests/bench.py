@@ -2,17 +2,20 @@
 
     python tests/bench.py                          ViT-B/16 at 224 pixels, batch 8, float32, on the CPU
     python tests/bench.py --device cuda --dtype bfloat16 --batch 64 --prompts 10,50,200 --json FILE
+    python tests/bench.py --variants "iVPT 10,iVPT 200" --rounds 60       these and the plain ViT alone
     python tests/bench.py --loop where_blue        images/s of train.py's loop beside the model's alone
 
-All variants run in one process, in turn, round after round; the ratio to the plain ViT is taken within each
-round, and the median over rounds is printed. The plain ViT is run as timm runs it, every token through every
-layer, the last one included; its head and position embedding are trained, so that a gradient flows through
-every layer. "Concatenated" is Eq. 3 taken literally, as the public code of the field does it: prompts are
-tokens of the sequence, with queries and an MLP of their own, and their outputs are dropped.
+All variants run in one process, round after round, in a random order each time; the ratio to the plain ViT is taken
+within each round, and the median over rounds is printed, with the quartiles. The plain ViT is run as timm runs
+it, every token through every layer, the last one included, and no attention weights beside; its head and
+position embedding are trained, so that a gradient flows through every layer. "Concatenated" is Eq. 3 taken
+literally, as the public code of the field does it: prompts are tokens of the sequence, with queries and an MLP
+of their own, and their outputs are dropped.
 """
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -109,21 +112,22 @@ def batch(args):
 
 
 def timings(variants, args):
-    """Medians of seconds and of the ratio to the plain ViT, for training and inference, by variant."""
+    """Medians of seconds and of the ratio to the plain ViT, and its quartiles, for training and inference, by variant."""
     models, (images, labels) = {name: build(name, args) for name in variants}, batch(args)
     agree(models, images[:2])
     taken = {(name, kind): [] for name in models for kind in (step, infer)}
     for round_ in range(args.rounds + 1):
-        for (name, kind), times in taken.items():
+        for name, kind in random.Random(round_).sample(list(taken), len(taken)):
             t = seconds(kind, models[name], images, labels, args, device=args.device)
             if round_:  # the first is a warm-up
-                times.append(t)
+                taken[name, kind].append(t)
     rows = {}
     for name in models:
         for kind in (step, infer):
             ratios = [a / b for a, b in zip(taken[name, kind], taken['plain', kind])]
+            low, median, high = torch.tensor(ratios).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
             rows.setdefault(name, {})[kind.__name__] = {'seconds': statistics.median(taken[name, kind]),
-                                                        'ratio': statistics.median(ratios)}
+                                                        'ratio': median, 'quartiles': [low, high]}
     return rows
 
 
@@ -203,6 +207,7 @@ def main():
     parser.add_argument('--prompts', default='10', help='N, or several: 10,50,200')
     parser.add_argument('--k', type=int, default=10)
     parser.add_argument('--classes', type=int, default=100)
+    parser.add_argument('--variants', help='these alone: "iVPT 10,iVPT 50 concatenated"')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--json', type=Path)
     parser.add_argument('--loop', metavar='TASK')
@@ -222,9 +227,9 @@ def main():
         return
 
     Ns = args.prompts.split(',')
-    variants = ['plain'] + [f'{method} {N}{how}' for N in Ns for method, how in (
+    variants = args.variants.split(',') if args.variants else [f'{method} {N}{how}' for N in Ns for method, how in (
         ('VPT', ' concatenated'), ('iVPT', ' concatenated'), ('VPT', ''), ('CDC', ''), ('iVPT', ''))]
-    rows = timings(variants, args)
+    rows = timings(['plain', *variants], args)
     device = torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
     print(f'{args.model}, batch {args.batch}, {args.dtype}, {device}, torch {torch.__version__}, k={args.k}, '
           f'medians over {args.rounds} rounds; ratios to the plain frozen ViT')
@@ -234,9 +239,9 @@ def main():
         row['memory'] = peak_memory(name, args)
         row['trained'] = sum(p.numel() for p in build(name, args).parameters() if p.requires_grad)
         row['multiply_adds'], row['linear_multiply_adds'] = multiply_adds(name, args)
-        print(f'| {name} | {row["step"]["seconds"]:.3f} s | {row["step"]["ratio"]:.3f} '
-              f'| {row["infer"]["seconds"]:.3f} s | {row["infer"]["ratio"]:.3f} '
-              f'| {row["memory"] / 2 ** 20:.0f} MiB | {row["memory"] / rows["plain"]["memory"]:.3f} '
+        times = ['{seconds:.3f} s | {ratio:.3f} ({quartiles[0]:.2f}-{quartiles[1]:.2f})'.format(**row[kind])
+                 for kind in ('step', 'infer')]
+        print(f'| {name} | {times[0]} | {times[1]} | {row["memory"] / 2 ** 20:.0f} MiB | {row["memory"] / rows["plain"]["memory"]:.3f} '
               f'| {row["trained"] / 1e6:.2f}M | {row["multiply_adds"] / 1e9:.2f} '
               f'| {row["linear_multiply_adds"] / 1e9:.2f} | {TABLE_8.get(name.split()[0], "")} |', flush=True)
     if args.json:
