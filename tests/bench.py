@@ -5,12 +5,12 @@
     python tests/bench.py --variants "iVPT 10,iVPT 200" --rounds 60       these and the plain ViT alone
     python tests/bench.py --loop where_blue        images/s of train.py's loop beside the model's alone
 
-All variants run in one process, round after round, in a random order each time; the ratio to the plain ViT is taken
-within each round, and the median over rounds is printed, with the quartiles. The plain ViT is run as timm runs
-it, every token through every layer, the last one included, and no attention weights beside; its head and
-position embedding are trained, so that a gradient flows through every layer. "Concatenated" is Eq. 3 taken
-literally, as the public code of the field does it: prompts are tokens of the sequence, with queries and an MLP
-of their own, and their outputs are dropped.
+All variants run in one process, round after round, in a random order each time, first the inferences and then
+the training steps; the ratio to the plain ViT is taken within each round, and the median over rounds is printed,
+with the quartiles. The plain ViT is run as timm runs it, every token through every layer, the last one included,
+and no attention weights beside; its head and position embedding are trained, so that a gradient flows through
+every layer. "Concatenated" is Eq. 3 taken literally, as the public code of the field does it: prompts are tokens
+of the sequence, with queries and an MLP of their own, and their outputs are dropped.
 """
 
 import argparse
@@ -115,19 +115,19 @@ def timings(variants, args):
     """Medians of seconds and of the ratio to the plain ViT, and its quartiles, for training and inference, by variant."""
     models, (images, labels) = {name: build(name, args) for name in variants}, batch(args)
     agree(models, images[:2])
-    taken = {(name, kind): [] for name in models for kind in (step, infer)}
-    for round_ in range(args.rounds + 1):
-        for name, kind in random.Random(round_).sample(list(taken), len(taken)):
-            t = seconds(kind, models[name], images, labels, args, device=args.device)
-            if round_:  # the first is a warm-up
-                taken[name, kind].append(t)
-    rows = {}
-    for name in models:
-        for kind in (step, infer):
-            ratios = [a / b for a, b in zip(taken[name, kind], taken['plain', kind])]
+    rows = {name: {} for name in models}
+    for kind in (infer, step):  # inference as in a process that has not trained: its heap is another
+        taken = {name: [] for name in models}
+        for round_ in range(args.rounds + 1):
+            for name in random.Random(round_).sample(list(models), len(models)):
+                t = seconds(kind, models[name], images, labels, args, device=args.device)
+                if round_:  # the first is a warm-up
+                    taken[name].append(t)
+        for name in models:
+            ratios = [a / b for a, b in zip(taken[name], taken['plain'])]
             low, median, high = torch.tensor(ratios).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-            rows.setdefault(name, {})[kind.__name__] = {'seconds': statistics.median(taken[name, kind]),
-                                                        'ratio': median, 'quartiles': [low, high]}
+            rows[name][kind.__name__] = {'seconds': statistics.median(taken[name]), 'ratio': median,
+                                         'quartiles': [low, high]}
     return rows
 
 
