@@ -185,9 +185,6 @@ def run(config, again=False):
     except FloatingPointError as error:
         raise Diverged(f'{error}. {kept(folder, records)}. Lower the learning rate: '
                        f'--set lr={config.lr / 4:g}') from None
-    except torch.cuda.OutOfMemoryError:
-        raise InputError(f'the GPU has too little memory for batch={config.batch}. {kept(folder, records)}. Take smaller '
-                         f'batches, and --again: --set batch={config.batch // 2}') from None
     except KeyboardInterrupt as stop:
         where = f'in epoch {len(records) + 1} of {config.epochs}' if len(records) < config.epochs else 'while testing'
         stop.where = f'{where}. {kept(folder, records)}; the same command goes on from there'
@@ -412,7 +409,7 @@ def run_all(runs, again, searching):
                 best[key] = best.get(key) or search(config, again)
                 config = SimpleNamespace(**vars(config) | best[key])
             results.append(run(config, again))
-        except InputError as error:
+        except (InputError, torch.cuda.OutOfMemoryError) as error:
             if str(error) not in said:
                 complain(error)
             said.add(str(error))
@@ -492,7 +489,8 @@ def report(configs, folder, names=None, methods=None, seeds=None):
         if any(paper):
             published = configs['methods'][method].get('paper_params')
             say(markdown('the paper', f'{published:.2f}M' if published else '', (x or '' for x in paper)))
-            say(markdown('difference', '', (f'{100 * fmean(x) - y:+.1f}' if x and y else '' for x, y in zip(ours, paper))))
+            more = (f'{100 * fmean(x) - y:+.1f}' if x and y else '' for x, y in zip(ours, paper))
+            say(markdown('difference', '', more))
     for (task, method, seed), result in results.items():
         first = next(r for (t, m, _), r in results.items() if (t, m) == (task, method))['config']
         if changed := differences(first | {'seed': seed}, result['config']):
@@ -774,7 +772,7 @@ def main(argv=None):
     try:
         args, changes = arguments(argv)
         return command(args, changes, read_configs())
-    except (InputError, OSError) as error:  # an OSError names its file
+    except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # an OSError names its file
         complain(error)
         return 2
     except KeyboardInterrupt as stop:
@@ -795,7 +793,8 @@ def command(args, changes, configs):
                 entry(configs, section, name)
         report(configs, folder, args.task and names, methods, seeds)
         return 0
-    runs = [config for task, seed in product(dict.fromkeys(tasks_of(configs, names)), [{'seed': x} for x in seeds] or [{}])
+    each = [{'seed': seed} for seed in seeds] or [{}]
+    runs = [config for task, seed in product(dict.fromkeys(tasks_of(configs, names)), each)
             for config in settings(configs, task, args.method, args.model, changes | seed)]
     if args.noise is not None:
         rates = [read_yaml(rate, '--noise') for rate in args.noise.split(',')]
@@ -817,6 +816,9 @@ def command(args, changes, configs):
 
 def complain(what):
     """One line for the user."""
+    if isinstance(what, torch.cuda.OutOfMemoryError):
+        what = ('the GPU has too little memory: take smaller batches (--set batch=8), leave the pictures in their '
+                'files (--set cache_gb=0), or take a smaller model; --again starts a run over')
     line = ''.join(c if c.isprintable() else '?' for c in ' '.join(str(what).split()))
     print(f'train.py: {line}', file=sys.stderr, flush=True)
 

@@ -112,7 +112,7 @@ def batch(args):
 
 
 def timings(variants, args):
-    """Medians of seconds and of the ratio to the plain ViT, and its quartiles, for training and inference, by variant."""
+    """Medians of seconds and of the ratio to the plain ViT, and its quartiles, by variant and by kind of work."""
     models, (images, labels) = {name: build(name, args) for name in variants}, batch(args)
     agree(models, images[:2])
     rows = {name: {} for name in models}

@@ -192,7 +192,7 @@ MUTANTS = [
     ('a search scores on the test images', 'train.py', "{'score_on': 'val', 'point': f'search", "{'score_on': 'test', 'point': f'search", SWEEPS),
     ('of equal points the larger learning rate wins', 'train.py', "-row[0].get('lr', 0))", "row[0].get('lr', 0))", SWEEPS),
     ('a search takes the worst point', 'train.py', "row[0].get('lr', 0)), reverse=True)", "row[0].get('lr', 0)))", SWEEPS),
-    ('a GPU without memory ends in a traceback', 'train.py', 'except torch.cuda.OutOfMemoryError:', 'except ZeroDivisionError:', INPUT),
+    ('a GPU without memory ends in a traceback', 'train.py', '        except (InputError, torch.cuda.OutOfMemoryError) as', '        except InputError as', INPUT),
     ('a report takes all seeds', 'train.py', "glob(f'seed{seed}/result.json')", "glob('seed*/result.json')", SWEEPS),
     ('pictures in memory stay on the CPU', 'data.py', 'image.to(device, copy=True)', 'image.clone()', DATA),
     ('a point that diverges ends the search', 'train.py', 'except Diverged as error:', 'except ZeroDivisionError as error:', SWEEPS),

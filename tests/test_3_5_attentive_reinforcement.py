@@ -82,7 +82,7 @@ def test_tokens_in_Omega_change_by_P_re_in_order_of_saliency_and_no_other_by_a_b
 
 @given(cases())
 def test_reinforcing_copies_no_token(case):
-    """Eq. 15 in place: Z̃ lies where Z lay. A copy costs a hundredth of the forward pass."""
+    """Eq. 15 in place: Z̃ lies where Z lay."""
     Z, Omega, P_re = tokens_chosen_and_prompts(case)
     assert reinforce_(Z, Omega, P_re).data_ptr() == Z.data_ptr()
 

@@ -294,12 +294,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_the_last_good_epoch_is_ke
     assert not (folder_of(tmp_path) / 'result.json').exists()
 
 
-def test_a_batch_for_which_a_gpu_has_no_memory_is_named_and_a_smaller_one_proposed(tmp_path, refusal, monkeypatch):
-    def forward(*args):
+@pytest.mark.parametrize('where', [(train.ivpt.IVPT, 'forward'), (train.data, 'in_memory')])
+def test_a_gpu_with_too_little_memory_is_said_and_what_to_do(where, refusal, monkeypatch):
+    """Whether the model needs it, or the training pictures."""
+    def full(*args):
         raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')
-    monkeypatch.setattr(train.ivpt.IVPT, 'forward', forward)
-    err = refusal('--method', 'ivpt', batch=48)
-    assert 'too little memory for batch=48. No epoch was done yet' in err and '--set batch=24' in err
+    monkeypatch.setattr(*where, full)
+    err = refusal('--method', 'ivpt')
+    assert 'too little memory' in err and '--set batch=8' in err and '--set cache_gb=0' in err
 
 
 def test_a_loss_that_is_not_a_number_from_the_start_leaves_nothing_to_keep(refusal, monkeypatch):
