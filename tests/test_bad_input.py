@@ -295,12 +295,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_the_last_good_epoch_is_ke
 
 
 @pytest.mark.parametrize('where', [(train.ivpt.IVPT, 'forward'), (train.data, 'in_memory')])
-def test_a_gpu_with_too_little_memory_is_said_and_what_to_do(where, refusal, monkeypatch):
+def test_a_gpu_with_too_little_memory_is_said_and_what_to_do_and_the_next_run_has_its_turn(
+        where, tmp_path, refusal, monkeypatch):
     """Whether the model needs it, or the training pictures."""
     def full(*args):
         raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')
     monkeypatch.setattr(*where, full)
-    err = refusal('--method', 'ivpt')
+    err = refusal('--method', 'ivpt,linear')
+    assert len(list(tmp_path.rglob('result.json'))) == (where[1] == 'forward')  # of linear
     assert 'too little memory' in err and '--set batch=8' in err and '--set cache_gb=0' in err
 
 
