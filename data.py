@@ -9,6 +9,7 @@ serve for validation, all test ones), torchvision's data sets where those lists 
 FGVC (Jia et al., 2022), folders of your own, and pictures of shapes, which are drawn.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -46,6 +47,30 @@ def load(config):
     """The task that the settings name. Raises InputError if its pictures are not there or not as they
     should be, with what to put where."""
     return SOURCES[config.source](config)
+
+
+def digest(task, config):
+    """What pictures a task has, in short texts by what they tell: counts and first digits of SHA-256.
+
+    For each part the names (relative to the data folder, so that it may be moved), labels and sizes in bytes of its
+    pictures, in order, or where they are drawn their pixels; and the classes."""
+    def short(items):
+        found, n = hashlib.sha256(), 0
+        for n, item in enumerate(items, start=1):
+            found.update(item if isinstance(item, bytes) else f'{item}\n'.encode('utf-8', 'surrogateescape'))
+        return f'{n} {found.hexdigest()[:12]}'
+
+    told = {'class names': short(task.classes)}
+    for part in ('train', 'val', 'test'):
+        pictures = getattr(task, part)
+        samples = pictures if isinstance(pictures, list) else pictures.samples
+        told[f'{part} labels'] = short(label for _, label in samples)
+        if isinstance(pictures, list):
+            told[f'{part} pixels'] = short(image.numpy().tobytes() for image, _ in pictures)
+            continue
+        told[f'{part} names'] = short(str(p) if isinstance(p, Place) else os.path.relpath(p, config.data) for p, _ in samples)
+        told[f'{part} sizes'] = short(0 if isinstance(p, Place) else os.path.getsize(p) for p, _ in samples)
+    return told
 
 
 # ---- Pictures in files ----------------------------------------------------------------------------------
@@ -369,17 +394,17 @@ def shapes(config):
         raise InputError(f'ask={config.ask}: with n_shapes={config.n_shapes} one of {", ".join(known)}')
     sets = []
     for seed, n in enumerate((config.n_train, config.n_val, config.n_test)):
-        images, labels = draw_shapes(n, config.ask, config.n_shapes, config.noise, config.img_size,
+        images, labels = draw_shapes(n, config.ask, config.n_shapes, config.grain, config.img_size,
                                      (seed, config.ask == 'frame'))
         sets.append(list(zip(torch.from_numpy(images), labels.tolist())))
     return Task(*sets, CELLS, [f'pictures of shapes, generated; the question: where is {config.ask}?'])
 
 
-def draw_shapes(n, ask, n_shapes=4, noise=8, size=48, seed=0):
+def draw_shapes(n, ask, n_shapes=4, grain=8, size=48, seed=0):
     """n pictures, uint8 [n, 3, size, size], and the cell of the shape that is asked for, int [n].
 
     Each picture has n_shapes shapes, in the first n_shapes colours.
-    noise: standard deviation, in grey levels of 256."""
+    grain: standard deviation of the noise of each pixel, in grey levels of 256."""
     rng = np.random.default_rng(seed)
     cell = rng.permuted(np.tile(np.arange(9), (n, 1)), axis=1)[:, :n_shapes]  # [n, n_shapes], all different
     kind = rng.integers(3, size=cell.shape)  # disc, square or diamond
@@ -400,7 +425,7 @@ def draw_shapes(n, ask, n_shapes=4, noise=8, size=48, seed=0):
             canvas += covered * (colour[:, None, None] - canvas)
         if ask == 'frame':
             canvas[:, :, frame] = rgb[asked[part], :, None]
-        canvas += noise * rng.standard_normal(canvas.shape, dtype=np.float32)
+        canvas += grain * rng.standard_normal(canvas.shape, dtype=np.float32)
         images[part] = canvas.clip(0, 255)
     return images, cell[np.arange(n), asked]
 

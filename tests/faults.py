@@ -31,14 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
 
-ARGV = ['--model', 'vit_nano_patch8_48', '--method', 'ivpt', '--weights', '', '--set', 'epochs=6', 'n_train=40', 'n_val=10',
+ARGV = ['--model', 'vit_nano_patch8_48', '--method', 'ivpt', '--weights', 'random', '--set', 'epochs=6', 'n_train=40', 'n_val=10',
         'n_test=20', 'batch=16', 'workers=0', 'img_size=24']
 WRITES = 14  # of an uninterrupted run: a checkpoint and a log for each epoch, the parameters, the result
 FILES = (*train.CHECKPOINTS, 'params.pth', 'result.json')
 
 
 def folder_of(runs):
-    return Path(runs) / 'where_blue' / 'ivpt' / 'seed0'
+    return Path(runs) / 'where_blue' / 'vit_nano_patch8_48' / 'ivpt' / 'seed0'
 
 
 def child(runs, before=lambda: None):
@@ -123,7 +123,7 @@ def uninterrupted(folder):
     start = time.perf_counter()
     assert ended(child(folder / 'whole')) == 0, said(folder / 'whole', 'err')
     WHOLE.update(seconds=time.perf_counter() - start, outcome=outcome(folder / 'whole'), runs=folder / 'whole')
-    ended(child(folder / 'stopped', die('fsync', 8, 0)))  # while it writes the checkpoint of epoch 5
+    ended(child(folder / 'stopped', die('fsync', 9, 0)))  # while it writes the checkpoint of epoch 5
     WHOLE['stopped'] = folder / 'stopped'
 
 
@@ -197,18 +197,15 @@ def damage(runs, name, change, to_the_end, dice):
     file = folder_of(runs) / name
     right = file.read_bytes()
     file.write_bytes(wrong := change(right, dice))
-    config = argparse.Namespace(task='where_blue', method='ivpt', seed=0)
+    config = argparse.Namespace(task='where_blue', model='vit_nano_patch8_48', method='ivpt', seed=0)
     if to_the_end:
         if name == 'params.pth':  # the result vouches for it: --show says so, and the run has to be done again
             (file.parent / 'result.json').unlink()
         return lost_after(runs)
     with contextlib.redirect_stdout(io.StringIO()):
         if name == 'params.pth':
-            try:
-                train.open_run(file.parent, torch.device('cpu'))
-            except train.InputError as error:
-                return '' if str(file) in str(error) else 'another file is named'
-            return 'it is loaded'
+            train.open_run(file.parent, torch.device('cpu'))
+            return '' if file.read_bytes() == right else 'it is loaded'  # the last checkpoint has them too
         loaded = train.read_checkpoint(file, config) if name in train.CHECKPOINTS else train.read_result(file.parent)
     if loaded is None:
         aside = file.with_name(f'{name}.damaged1')

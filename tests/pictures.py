@@ -12,19 +12,26 @@ from PIL import Image
 import train
 
 CONFIGS = yaml.safe_load((Path(train.__file__).parent / 'configs.yaml').read_text())
-TINY = dict(weights='', n_train=40, n_val=10, n_test=20, epochs=2, batch=16, workers=0)  # a run of a second
+TINY = dict(weights='random', n_train=40, n_val=10, n_test=20, epochs=2, batch=16, workers=0)  # a run of a second
+
+
+NANO = 'vit_nano_patch8_48'
 
 
 def tiny(task='where_blue', method='ivpt', **changes):
     """The settings of a tiny run with a random nano ViT, as train.py puts them together."""
-    return train.settings(CONFIGS, task, method, 'vit_nano_patch8_48', TINY | changes)[0]
+    return train.settings(CONFIGS, task, method, NANO, TINY | changes)[0]
 
 
 def run(folder, *argv, **changes):
     """`python train.py ARGV`, tiny, with its results in a folder. Returns the exit status."""
     changes = TINY | {'runs': folder} | changes
-    return train.main([*argv, '--set', *(f'{name}={value!r}' if value == '' else f'{name}={value}'
-                                         for name, value in changes.items())])
+    return train.main([*argv, '--set', *(f'{name}={value}' for name, value in changes.items())])
+
+
+def folder_of(runs, method='ivpt', task='where_blue', seed=0):
+    """Where a run with a nano ViT writes."""
+    return runs / task / NANO / method / f'seed{seed}'
 
 
 def save_picture(path, seed, width=64, height=56):

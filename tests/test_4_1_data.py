@@ -315,20 +315,20 @@ QUESTIONS = [(n, colour) for n in (1, 4, 6) for colour in list(data.COLOURS)[:n]
 @pytest.mark.parametrize('size', [32, 48, 96])
 @pytest.mark.parametrize('n_shapes, ask', QUESTIONS)
 def test_the_colour_that_is_asked_for_lies_in_the_cell_of_the_label_and_in_no_other(n_shapes, ask, size):
-    images, labels = data.draw_shapes(60, ask, n_shapes=n_shapes, noise=0, size=size)
+    images, labels = data.draw_shapes(60, ask, n_shapes=n_shapes, grain=0, size=size)
     assert (is_colour(middles(images, size), ask) == np.eye(9, dtype=bool)[labels]).all()
 
 
 @pytest.mark.parametrize('n_shapes', [1, 4, 6])
 def test_each_colour_has_a_cell_of_its_own(n_shapes):
-    cells = middles(data.draw_shapes(200, 'red', n_shapes=n_shapes, noise=0)[0])
+    cells = middles(data.draw_shapes(200, 'red', n_shapes=n_shapes, grain=0)[0])
     for i, colour in enumerate(data.COLOURS):
         assert (is_colour(cells, colour).sum(1) == (i < n_shapes)).all()
 
 
 def test_the_frame_has_the_colour_that_is_asked_for_and_never_purple():
     """The backbone that comes with this project was never asked for purple or cyan."""
-    images, labels = data.draw_shapes(300, 'frame', noise=0)
+    images, labels = data.draw_shapes(300, 'frame', grain=0)
     frame = images[:, :, 0, 0].astype(int)
     assert (np.abs(middles(images)[np.arange(300), labels] - frame) <= 1).all()
     assert (images[:, :, [0, 1, 2, 45, 46, 47]] == images[:, :, :1, :1]).all()  # it goes all around
@@ -338,7 +338,7 @@ def test_the_frame_has_the_colour_that_is_asked_for_and_never_purple():
 
 
 def test_pictures_downstream_have_no_frame():
-    corners = data.draw_shapes(100, 'blue', noise=0)[0][:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
+    corners = data.draw_shapes(100, 'blue', grain=0)[0][:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert (corners == corners[:, :1, :1]).all()  # grey, as the background
     assert len(set(corners[:, 0, 0].tolist())) > 30
 
@@ -349,8 +349,8 @@ def test_every_cell_is_the_answer_about_as_often():
         assert len(counts) == 9 and (abs(counts - 200) < 60).all()
 
 
-def test_noise_has_the_standard_deviation_that_was_asked_for():
-    noisy, plain = (data.draw_shapes(50, 'blue', noise=noise)[0].astype(float) for noise in (8, 0))
+def test_grain_has_the_standard_deviation_that_was_asked_for():
+    noisy, plain = (data.draw_shapes(50, 'blue', grain=noise)[0].astype(float) for noise in (8, 0))
     inside = (plain > 40) & (plain < 215)  # where nothing is clipped
     assert abs((noisy - plain)[inside].std() - 8) < 0.2
 
@@ -371,7 +371,7 @@ def test_no_picture_of_shapes_is_in_two_sets(ask):
 
 
 def test_the_questions_are_asked_about_the_same_pictures_but_not_about_those_of_pre_training():
-    blue, red, framed = (data.load(tiny(ask=ask, noise=0)).test for ask in ('blue', 'red', 'frame'))
+    blue, red, framed = (data.load(tiny(ask=ask, grain=0)).test for ask in ('blue', 'red', 'frame'))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(blue, red))
     assert [label for _, label in blue] != [label for _, label in red]
     inside = [{picture[:, 3:-3, 3:-3].numpy().tobytes() for picture, _ in part} for part in (blue, framed)]

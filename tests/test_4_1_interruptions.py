@@ -1,9 +1,11 @@
 """Whatever happens to a run, what was computed is there, and going on gives what never stopping gives."""
 
+import io
 import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -282,7 +284,31 @@ def test_nothing_that_is_set_aside_replaces_what_was_set_aside_before(tmp_path):
     assert sorted(path.read_text() for path in tmp_path.iterdir()) == ['0', '1', '2']
 
 
+class Code:
+    """What a pickle can hold: a call."""
+
+    def __reduce__(self):
+        return print, ('this was run',)
+
+
+def test_a_checkpoint_with_a_right_digest_and_code_in_it_is_set_aside_and_not_run(tmp_path, capsys):
+    config, file = settings(tmp_path), io.BytesIO()
+    torch.save(Code(), file)
+    path = train.folder_of(config) / train.CHECKPOINTS[0]
+    train.write(path, train.digest(file.getvalue()).encode() + file.getvalue())
+    train.run(config)
+    out = capsys.readouterr().out
+    assert 'is no checkpoint: set aside as' in out and 'this was run' not in out
+
+
 # ---- Files that cannot be written -----------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_the_first_epoch(tmp_path, capfd):
+    (tmp_path / 'file').write_text('')
+    assert run(tmp_path / 'file', '--method', 'linear', img_size=24) == 2
+    out, err = capfd.readouterr()
+    assert err.count('\n') == 1 and 'cannot be written' in err and 'epoch  ' not in out
 
 
 def test_a_disk_that_is_full_is_one_line_and_the_epochs_before_are_whole(tmp_path, monkeypatch, capfd, uninterrupted):
@@ -290,7 +316,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_epochs_before_are_whole(tmp_pat
 
     def full(number):
         calls.append(number)
-        if len(calls) > 5:  # two files an epoch: the checkpoint of the third is written, its log is not
+        if len(calls) > 6:  # the log, then two files an epoch: the checkpoint of the third is written, its log is not
             raise OSError(28, 'No space left on device')
         fsync(number)
     monkeypatch.setattr(train.os, 'fsync', full)
@@ -339,8 +365,17 @@ def command(folder):
     """A tiny run of its own process, with 40 epochs."""
     changes = vars(settings(folder)) | {'epochs': 40}
     names = ('n_train', 'n_val', 'n_test', 'epochs', 'batch', 'workers', 'img_size', 'runs')
-    return [sys.executable, str(Path(train.__file__)), '--model', 'vit_nano_patch8_48', '--method', 'ivpt', '--weights', '',
+    return [sys.executable, str(Path(train.__file__)), '--model', 'vit_nano_patch8_48', '--method', 'ivpt', '--weights', 'random',
             '--set', *(f'{name}={changes[name]}' for name in names)]
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
+    process = subprocess.Popen([sys.executable, train.__file__, '--report', '--set', f'runs={tmp_path}'],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.5)  # torch alone takes longer
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode in (-signal.SIGINT, 130) and 'Traceback' not in err
 
 
 @pytest.mark.parametrize('name, status', [('SIGINT', 130), ('SIGTERM', 143)])

@@ -37,7 +37,7 @@ def tasks_of(source):
 
 def load(task, folder, **changes):
     """The settings of a task as configs.yaml has them, but for a nano ViT, and the task."""
-    changes = {'data': str(folder), 'weights': '', 'workers': 0} | changes
+    changes = {'data': str(folder), 'weights': 'random', 'workers': 0} | changes
     config, = train.settings(CONFIGS, task, 'ivpt', 'vit_nano_patch8_48', changes)
     return config, data.load(config)
 

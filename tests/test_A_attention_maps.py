@@ -111,27 +111,25 @@ def test_reinforced_patches_are_outlined_and_no_other(patch):
 def test_runs_are_stacked_in_one_picture_that_opens(runs, capsys):
     """Figure 7: a row an image and method, a column the image and each of the 6 layers."""
     assert train.main(['--show', '--method', 'vpt,ivpt', '--set', f'runs={runs}']) == 0
-    path = runs / 'where_blue' / 'attention.png'
+    path = runs / 'where_blue' / 'vit_nano_patch8_48' / 'attention.png'
     assert str(path) in capsys.readouterr().out
     width, height = Image.open(path).size
     assert (width, height) == (7 * (train.TILE + 2) + 2, 18 + 4 * 2 * (18 + train.TILE + 4))
 
 
 def test_one_run_is_shown_in_its_own_folder(runs):
-    folder = runs / 'where_blue' / 'vpt' / 'seed0'
+    folder = runs / 'where_blue' / 'vit_nano_patch8_48' / 'vpt' / 'seed0'
     assert train.main(['--show', '--run', str(folder)]) == 0
     assert Image.open(folder / 'attention.png').size[1] == 18 + 4 * (18 + train.TILE + 4)
 
 
 def test_linear_probing_can_be_shown_and_runs_of_other_depths_not_beside_it(runs, capsys):
-    other = ['--model', 'vit_tiny_patch16_48', '--set', "weights=''", f'runs={runs}']
+    nano, tiny = 'vit_nano_patch8_48', 'vit_tiny_patch16_48'
     assert train.main(['--method', 'linear', *TINY, f'runs={runs}']) == 0
     assert train.main(['--show', '--method', 'linear,vpt', '--set', f'runs={runs}']) == 0
-    assert train.main(['--method', 'linear', '--seed', '7', *TINY, *other]) == 0
-    config = runs / 'where_blue' / 'linear'
-    shutil.rmtree(config / 'seed0')
-    (config / 'seed7').rename(config / 'seed0')
-    assert 'different numbers of layers' in refusal(capsys, '--show', '--method', 'linear,vpt', '--set', f'runs={runs}')
+    assert train.main(['--method', 'linear', '--model', tiny, *TINY, 'weights=random', f'runs={runs}']) == 0
+    argv = '--show', '--method', 'linear', '--model', f'{nano},{tiny}', '--set', f'runs={runs}'
+    assert 'different numbers of layers' in refusal(capsys, *argv)
 
 
 # ---- The user's own images ------------------------------------------------------------------------------
@@ -173,27 +171,36 @@ def refusal(capsys, *argv):
 def test_a_broken_image_is_one_line_with_its_name(content, runs, tmp_path, capsys):
     (tmp_path / 'broken.png').write_bytes(content)
     assert 'broken.png' in refusal(capsys, '--image', str(tmp_path / 'broken.png'), '--run',
-                                   str(runs / 'where_blue' / 'vpt' / 'seed0'))
+                                   str(runs / 'where_blue' / 'vit_nano_patch8_48' / 'vpt' / 'seed0'))
 
 
 def test_an_image_that_is_a_line_or_a_folder_or_missing_is_one_line_with_its_name(runs, tmp_path, capsys):
     picture('RGB', (3000, 2)).save(tmp_path / 'line.png')
     for name in 'line.png', '.', 'missing.png':
         assert str(tmp_path / name) in refusal(capsys, '--image', str(tmp_path / name), '--run',
-                                               str(runs / 'where_blue' / 'vpt' / 'seed0'))
+                                               str(runs / 'where_blue' / 'vit_nano_patch8_48' / 'vpt' / 'seed0'))
 
 
 def test_a_run_that_is_not_there_or_not_whole_is_one_line_with_its_folder(runs, tmp_path, capsys):
     assert str(tmp_path) in refusal(capsys, '--show', '--run', str(tmp_path))
-    whole = runs / 'where_blue' / 'ivpt' / 'seed0'
+    whole = runs / 'where_blue' / 'vit_nano_patch8_48' / 'ivpt' / 'seed0'
     for name in 'params.pth', 'result.json':
         shutil.copytree(whole, tmp_path / name)
+        for checkpoint in (tmp_path / name).glob('checkpoint-*'):
+            checkpoint.unlink()  # which has the parameters too
         (tmp_path / name / name).write_bytes((tmp_path / name / name).read_bytes()[:30])
         assert str(tmp_path / name) in refusal(capsys, '--show', '--run', str(tmp_path / name))
 
 
 def test_parameters_of_another_method_are_refused(runs, tmp_path, capsys):
-    shutil.copytree(runs / 'where_blue' / 'ivpt' / 'seed0', tmp_path / 'run')
-    other = runs / 'where_blue' / 'vpt' / 'seed0' / 'params.pth'
+    shutil.copytree(runs / 'where_blue' / 'vit_nano_patch8_48' / 'ivpt' / 'seed0', tmp_path / 'run')
+    other = runs / 'where_blue' / 'vit_nano_patch8_48' / 'vpt' / 'seed0' / 'params.pth'
     (tmp_path / 'run' / 'params.pth').write_bytes(other.read_bytes())
+    shutil.copytree(tmp_path / 'run', tmp_path / 'copy')
+    assert train.main(['--show', '--run', str(tmp_path / 'copy')]) == 0
+    assert 'params.pth was lost, or is another: taken again from checkpoint' in capsys.readouterr().out
+    mine = runs / 'where_blue' / 'vit_nano_patch8_48' / 'ivpt' / 'seed0' / 'params.pth'
+    assert (tmp_path / 'copy' / 'params.pth').read_bytes() == mine.read_bytes()
+    for checkpoint in (tmp_path / 'run').glob('checkpoint-*'):
+        checkpoint.unlink()
     assert 'params.pth is not what result.json' in refusal(capsys, '--show', '--run', str(tmp_path / 'run'))
