@@ -352,11 +352,12 @@ def test_a_run_from_the_command_line_ends_with_status_0_and_says_what_it_did(tmp
     assert len([line for line in out.splitlines() if line.startswith('where_blue  ')]) == 4  # the summary
 
 
-def test_the_papers_accuracy_is_printed_beside_ours(tmp_path, capsys):
-    config = tiny(runs=str(tmp_path), img_size=24)
+@pytest.mark.parametrize('score_on', ['test', 'val'])
+def test_the_papers_accuracy_is_printed_beside_a_test_accuracy_and_no_other(score_on, tmp_path, capsys):
+    config = tiny(method='linear', runs=str(tmp_path), img_size=24, epochs=1, score_on=score_on)
     config.paper_accuracy = 91.8
     train.run(config)
-    assert 'the paper: 91.8%' in capsys.readouterr().out
+    assert ('91.8' in capsys.readouterr().out) == (score_on == 'test')
 
 
 # ---- The settings ---------------------------------------------------------------------------------------
