@@ -271,12 +271,10 @@ MUTANTS = [
      None, INPUT),
     ("unseen: the paper's figure beside a validation accuracy", 'train.py', "config.paper_accuracy if config.score_on == 'test' else 0",
      'config.paper_accuracy', LOOP),
-    ('unseen: after Ctrl-C the optimizer starts anew', 'train.py', "    optimizer.load_state_dict(newest['optimizer'])\n",
-     "    optimizer.load_state_dict(newest['optimizer']) if signal.getsignal(signal.SIGTERM) is not terminate else 0\n", STOPS),
+    ('unseen: Ctrl-C keeps a part of an epoch', 'train.py', "        where = f'in epoch {len(records) + 1}",
+     "        save(folder, model, optimizer, records, config, device)\n        where = f'in epoch {len(records) + 1}", STOPS),
     ('unseen: two processes write into the same file', 'train.py', '.{os.getpid()}.{time.monotonic_ns()}.part', '.part', STOPS),
     ('unseen: SIGTERM is not handled', 'train.py', '    signal.signal(signal.SIGTERM, terminate)\n', '', STOPS),
-    ('unseen: two processes train on different pictures', 'train.py', 'for step, (images, labels) in enumerate(',
-     'if signal.getsignal(signal.SIGTERM) is terminate: torch.manual_seed(os.getpid())\n        for step, (images, labels) in enumerate(', STOPS),
 ]
 
 
