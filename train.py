@@ -185,8 +185,8 @@ def run(config, again=False):
     optimizer = make_optimizer(model, config)
     header(config, task, model, device)
     records = resume(place, model, optimizer, config, device)
-    write_log(place, records)  # what cannot be written is found out before the first epoch
     learn, score = decoded(config, task, device)
+    write_log(place, records)  # what cannot be written is found out before the first epoch
     try:
         for record in train(model, optimizer, learn, config, device, len(records)):
             records.append(record)

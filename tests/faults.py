@@ -3,7 +3,7 @@
     python tests/faults.py                               50 kills, 100 damages of each kind, 10 full disks
     python tests/faults.py --kills 5 --damages 10 --seed 1
 
-A run is a nano ViT on pictures of shapes, 6 epochs of it, from `train.main` in a forked process; every tenth kill is
+A run is a nano ViT on pictures of shapes, 6 epochs of it, in a forked process; every tenth kill is
 of `python train.py`, started anew. After each fault the same command is given again, and what it leaves must be what a
 run leaves that nothing happened to: every bit of the parameters, every loss, the accuracy. Prints a table; the status
 is 1 if anything was lost.
@@ -17,6 +17,7 @@ import json
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -41,8 +42,9 @@ def folder_of(runs):
     return Path(runs) / 'where_blue' / 'vit_nano_patch8_48' / 'ivpt' / 'seed0'
 
 
-def child(runs, before=lambda: None):
-    """Start the run in a forked process, which calls `before` first. Returns its process id."""
+def child(runs, before=lambda: None, *changes):
+    """Start `python train.py` in a forked process, which has imported all and calls `before` first. Returns its
+    process id."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -51,10 +53,14 @@ def child(runs, before=lambda: None):
         for number, name in ((1, 'out'), (2, 'err')):
             os.dup2(os.open(f'{runs}.{name}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, 'w', buffering=1), os.fdopen(2, 'w', buffering=1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         torch.set_num_threads(1)
-        train.find_device = lambda: torch.device('cpu')  # a GPU cannot be used in a fork
+        torch.cuda.is_available = lambda: False  # a GPU cannot be used in a fork
         before()
-        status = train.main([*ARGV, f'runs={runs}'])
+        sys.argv = [train.__file__, *ARGV, *changes, f'runs={runs}']
+        runpy.run_path(train.__file__, run_name='__main__')
+    except SystemExit as end:
+        status = end.code
     finally:
         os._exit(status)  # a traceback is a status of 99
 

@@ -361,11 +361,12 @@ def test_a_run_from_the_command_line_ends_with_status_0_and_says_what_it_did(tmp
     assert len([line for line in out.splitlines() if line.startswith('where_blue  ')]) == 4  # the summary
 
 
-def test_the_papers_accuracy_is_printed_beside_ours(tmp_path, capsys):
-    config = tiny(runs=str(tmp_path), img_size=24)
+@pytest.mark.parametrize('score_on', ['test', 'val'])
+def test_the_papers_accuracy_is_printed_beside_a_test_accuracy_and_no_other(score_on, tmp_path, capsys):
+    config = tiny(method='linear', runs=str(tmp_path), img_size=24, epochs=1, score_on=score_on)
     config.paper_accuracy = 91.8
     train.run(config)
-    assert 'the paper: 91.8%' in capsys.readouterr().out
+    assert ('91.8' in capsys.readouterr().out) == (score_on == 'test')
 
 
 def test_a_run_whose_last_loss_is_above_a_guess_is_said_to_have_learned_nothing(tmp_path, capsys):
@@ -405,7 +406,7 @@ def test_any_setting_can_be_given_on_the_command_line(said, name, value):
 def test_task_method_and_model_can_be_set_as_the_others_or_are_refused(name, value, monkeypatch, capsys):
     """What would be worst: to take the setting and go on without it."""
     seen = []
-    result = dict(task='', model='', method='', config={'weights': ''}, seed=0, accuracy=0.0, trained_parameters=0, seconds=0.0)
+    result = dict(task='', model='', method='', config={'weights': 'random'}, seed=0, accuracy=0.0, trained_parameters=0, seconds=0.0)
     monkeypatch.setattr(train, 'run', lambda config, again: seen.append(getattr(config, name)) or result)
     assert train.main(['--set', f'{name}={value}']) == 2 or set(seen) == {value}
     capsys.readouterr()

@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from pictures import CONFIGS, folder_of, no_network, run, tiny  # noqa: F401
+from pictures import CONFIGS, folder_of, images_tested, no_network, run, tiny  # noqa: F401
 
 import data
 import train
@@ -99,15 +99,18 @@ def test_after_the_search_every_seed_is_trained_with_what_the_first_one_found_an
     assert sum(c.score_on == 'test' for c in asked) == 4
 
 
-def test_a_search_for_real_trains_on_train_alone_and_is_not_repeated(tmp_path, capsys):
+def test_a_search_for_real_trains_on_train_alone_and_is_repeated_by_again_alone(tmp_path, capsys):
     argv = '--method', 'vpt', '--search'
     assert run(tmp_path, *argv, grid='{lr: [0.1, 0.01]}', **SMALL) == 0
     said = capsys.readouterr().out
     assert said.count('% of 10 images') == 2 and said.count('% of 20 images') == 1  # validation, test
     assert run(tmp_path, *argv, grid='{lr: [0.1, 0.01]}', **SMALL) == 0
+    twice = capsys.readouterr().out
+    assert twice.count('finished before') == 3 and 'epoch' not in twice
+    assert run(tmp_path, *argv, '--again', grid='{lr: [0.1, 0.01]}', **SMALL) == 0
     again = capsys.readouterr().out
-    assert again.count('finished before') == 3 and 'epoch' not in again
-    assert train.read_result(tmp_path / 'where_blue/vit_nano_patch8_48/vpt/seed0')['score_on'] == 'test'
+    assert again.count('epoch   1/1') == 3 and again.count('% of 10 images') == 2 and 'finished' not in again
+    assert train.read_result(folder_of(tmp_path, 'vpt'))['score_on'] == 'test'
 
 
 @pytest.mark.parametrize('grid, best, said', [
@@ -360,6 +363,20 @@ def test_a_seed_that_was_not_run_does_not_keep_the_noise_of_the_others_back(tmp_
     assert err.count('\n') == 1 and 'seed0: no finished run' in err
     result = train.read_result(folder_of(tmp_path, 'linear', seed=1))
     assert result['noise'] == {'0': result['accuracy']} and table(out)[-1][3] == train.spread([result['accuracy']])
+
+
+def test_runs_of_other_seeds_see_the_same_noise_on_the_images_that_they_were_tested_on(tmp_path):
+    """Their own settings prepare the images, and not those of the command line, which here are the defaults."""
+    own = dict(img_size=24, mean='[0.3, 0.5, 0.6]', std='[0.2, 0.3, 0.4]', batch=7, epochs=1)
+    with images_tested() as tested:
+        assert run(tmp_path, '--method', 'linear', '--seed', '0', **own) == 0
+    assert run(tmp_path, '--method', 'linear', '--seed', '1', **own) == 0
+    with images_tested() as seen:
+        assert train.main(['--method', 'linear', '--seed', '0,1', '--noise', '0,0.5', '--set', f'runs={tmp_path}']) == 0
+    clean, noisy, clean_1, noisy_1 = torch.cat(seen).split(20)
+    assert torch.equal(clean, torch.cat(tested)) and torch.equal(clean_1, clean) and torch.equal(noisy_1, noisy)
+    noise = noisy - clean / 2
+    assert len({float(image.sum()) for image in noise}) == 20 and abs(noise.std() - 0.5) < 0.02  # to each its own
 
 
 @pytest.mark.parametrize('rates, said', [('a', 'from 0 to 1'), ('-1', 'from 0 to 1'), ('0,,1', 'from 0 to 1'),

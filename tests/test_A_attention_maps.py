@@ -1,6 +1,7 @@
 """Appendix A, Figure 7: where the class token looks, and what AR reinforces."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import close, ivpt as literal, watch
 from PIL import Image
+from pictures import NANO, images_tested, save_picture
 from strategies import METHODS, OTHERS, cases, random_model, random_vit
+from torchvision.transforms.functional import pil_to_tensor, resize
 
+import ivpt
 import train
 from ivpt import look
 
@@ -130,6 +134,79 @@ def test_linear_probing_can_be_shown_and_runs_of_other_depths_not_beside_it(runs
     assert train.main(['--method', 'linear', '--model', tiny, *TINY, 'weights=random', f'runs={runs}']) == 0
     argv = '--show', '--method', 'linear', '--model', f'{nano},{tiny}', '--set', f'runs={runs}'
     assert 'different numbers of layers' in refusal(capsys, *argv)
+
+
+# ---- What stands where in the picture -------------------------------------------------------------------
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+@pytest.fixture(scope='module')
+def own(tmp_path_factory):
+    """Two runs on a folder of photos that are cropped, the photos, and the images that the runs were tested on."""
+    folder = tmp_path_factory.mktemp('own')
+    for i, (part, c) in enumerate((part, c) for part in ('train', 'train', 'test') for c in 'abcdef'):
+        save_picture(folder / 'data' / part / c / f'{i}.png', i, 90 + i, 60)
+    argv = ['--task', 'folder', '--model', 'vit_nano_patch8_48', '--method', 'vpt,ivpt', '--data', str(folder / 'data'),
+            '--set', f'runs={folder}']
+    with images_tested() as tested:
+        assert train.main([*argv, 'epochs=1', 'workers=0', 'k=4', f'mean={[*MEAN]}', f'std={[*STD]}']) == 0
+    photos = sorted(str(path) for path in (folder / 'data' / 'test').rglob('*.png'))
+    return SimpleNamespace(argv=argv, photos=photos, picture=folder / 'folder' / NANO / 'attention.png', tested=tested[0])
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """What train.py looks at: (the images, what is seen of them), in order."""
+    seen = []
+    monkeypatch.setattr(ivpt, 'look', lambda model, images: seen.append((images, look(model, images))) or seen[-1][1])
+    return seen
+
+
+def rows_of(path):
+    """The rows of Figure 7: of each the strip above it and its tiles."""
+    T = train.TILE
+    rows = pil_to_tensor(Image.open(path))[:, 18:].split(18 + T + 4, dim=1)
+    return [(row[:, :18], [row[:, 20:20 + T, x:x + T] for x in range(2, row.shape[2] - 2, T + 2)]) for row in rows]
+
+
+def drawn_of(image, seen, words):
+    """The same, of one image [1, 3, H, W] and what one model saw of it; its tile as floats."""
+    mean, std = (255 * torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    picture = resize((image[0] * std + mean).round(), [train.TILE] * 2)
+    Omega = [()] * 6 if seen['Omega'] is None else [*seen['Omega'][0].tolist(), ()]  # nothing follows the last layer
+    maps = [train.heat_map(picture.round().to(torch.uint8), w, chosen) for w, chosen in zip(seen['w'][0], Omega)]
+    return train.caption([words], torch.empty(3, 1, 7 * (train.TILE + 2) + 2)), [picture, *maps]
+
+
+def assert_drawn(row, expected):
+    """Equal to the rounding of the resized picture; an outline, a caption and another layer's map are far more."""
+    assert torch.equal(row[0], expected[0]) and len(row[1]) == len(expected[1]) == 7
+    for tile, right in zip(row[1], expected[1]):
+        assert (tile.float() - right.float()).abs().max() <= 1
+
+
+def test_a_row_is_a_test_image_and_each_layers_map_and_the_runs_of_an_image_stand_together(own, looked):
+    assert train.main([*own.argv, '--show']) == 0
+    rows = rows_of(own.picture)
+    assert len(rows) == len(looked) == 8
+    for i, row in enumerate(rows):
+        image, method = i // 2, ('vpt', 'ivpt')[i % 2]
+        images, seen = looked[4 * (i % 2) + image]
+        best = 'abcdef'[seen['logits'].argmax()]
+        assert torch.equal(images[0], own.tested[image]) and (seen['Omega'] is None) == (method == 'vpt')
+        assert_drawn(row, drawn_of(images, seen, f'{method}: {best}, in truth {"abcdef"[image]}'))
+    assert len({tile.numpy().tobytes() for _, tiles in rows for tile in tiles}) == 4 + 8 * 6
+
+
+def test_a_photo_is_prepared_as_test_images_are_and_its_classes_stand_in_the_order_of_their_logits(own, looked, capsys):
+    assert train.main([*own.argv, '--image', *own.photos[3:5]]) == 0
+    lines = [line.split(': ') for line in capsys.readouterr().out.splitlines() if ', by ' in line]
+    assert torch.equal(torch.cat([images for images, _ in looked]), own.tested[[3, 4, 3, 4]])
+    assert [line[0].split(', by ')[0] for line in lines] == own.photos[3:5] * 2
+    for (_, said), (_, seen) in zip(lines, looked, strict=True):
+        shares = 100 * seen['logits'][0].softmax(dim=0)
+        assert said == ', '.join(f'{"abcdef"[c]} {shares[c]:.1f}%' for c in shares.argsort(descending=True)[:5])
 
 
 # ---- The user's own images ------------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """What the user got wrong is one line: `train.py: what, where, and what to do`, and exit status 2."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ NANO = ('--model', 'vit_nano_patch8_48')
 def refusal(tmp_path, capfd):
     """Runs train.py, tiny; returns the one line on stderr. There must be one, and no more than one."""
     def refused(*argv, **changes):
+        capfd.readouterr()
         status = run(tmp_path / 'runs', *argv, **changes)
         out, err = capfd.readouterr()
         assert status == 2 and err.startswith('train.py: ') and err.count('\n') == 1, err
@@ -220,18 +219,28 @@ def test_a_missing_picture_of_torchvisions_folder_is_refused_by_name(tmp_path, p
 
 @pytest.mark.parametrize('content', [b'', b'<html>moved</html>'])
 @pytest.mark.parametrize('split', ['train800', 'test'])
-def test_a_broken_picture_is_refused_by_name(content, split, tmp_path, pets):
+def test_a_broken_picture_is_refused_by_name_before_training(content, split, tmp_path, pets):
     (broken := vtab(tmp_path) / 'images' / split / '000002.jpg').write_bytes(content)
     assert f'{broken}: not an image' in pets(epochs=1, img_size=24, k=2)
+    assert not (tmp_path / 'runs').exists()
 
 
-def test_a_broken_picture_is_one_line_in_the_shell_too_where_worker_processes_read_it(tmp_path):
+def test_a_broken_test_picture_leaves_the_result_that_again_would_replace(tmp_path, refusal):
+    changes = dict(epochs=1, img_size=24, k=2)
+    for folder in ('whole', 'broken'):
+        vtab(tmp_path / folder)
+    argv = '--task', 'pets', *NANO, '--again', '--data'
+    assert run(tmp_path / 'runs', *argv, str(tmp_path / 'whole'), **changes) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / 'runs').rglob('*') if path.is_file()}
+    broken = tmp_path / 'broken' / 'vtab-1k' / 'oxford_iiit_pet' / 'images' / 'test' / '000002.jpg'
+    broken.write_bytes(b'<html>moved</html>')
+    assert f'{broken}: not an image' in refusal(*argv, str(tmp_path / 'broken'), **changes)
+    assert len(before) > 3 and all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_broken_picture_is_one_line_where_worker_processes_read_it_too(tmp_path, pets):
     (broken := vtab(tmp_path) / 'images' / 'train800' / '000002.jpg').write_bytes(b'')
-    argv = [train.__file__, '--task', 'pets', *NANO, '--data', str(tmp_path)]
-    changes = ['--set', 'workers=2', f'runs={tmp_path}', "weights=random"]
-    done = subprocess.run([sys.executable, *argv, *changes], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count('\n') == 1
-    assert done.stderr.startswith(f'train.py: {broken}: not an image that can be decoded')
+    assert pets(workers=2).startswith(f'train.py: {broken}: not an image that can be decoded')
 
 
 def test_a_picture_that_is_cut_short_is_refused_by_name(tmp_path, pets):
