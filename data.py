@@ -9,6 +9,7 @@ serve for validation, all test ones), torchvision's data sets where those lists 
 FGVC (Jia et al., 2022), folders of your own, and pictures of shapes, which are drawn.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -46,6 +47,34 @@ def load(config):
     """The task that the settings name. Raises InputError if its pictures are not there or not as they
     should be, with what to put where."""
     return SOURCES[config.source](config)
+
+
+def digest(task, config):
+    """What tells a task's pictures from others: count and SHA-256 of the classes, and of the names, labels and sizes in
+    bytes of each set, in order. Names count from the data folder, which may move."""
+    found = {'classes': short(task.classes)}
+    for name in ('train', 'val', 'test'):
+        pictures = getattr(task, name)
+        samples = pictures if isinstance(pictures, list) else pictures.samples
+        identities = [identity(picture, config.data) for picture, _ in samples]
+        found |= {f'{name} names': short(x for x, _ in identities), f'{name} labels': short(y for _, y in samples),
+                  f'{name} sizes': short(size for _, size in identities)}
+    return found
+
+
+def short(values):
+    """How many values these are, and the first digits of their SHA-256."""
+    lines = [repr(value) for value in values]
+    return f'{len(lines)} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}'
+
+
+def identity(picture, folder):
+    """Name and size in bytes of the picture of a sample; one in memory is named by its own SHA-256."""
+    if isinstance(picture, torch.Tensor):
+        return hashlib.sha256(picture.cpu().contiguous().numpy()).hexdigest(), picture.nbytes
+    if isinstance(picture, Place):
+        return str(picture), 0
+    return os.path.relpath(picture, folder), os.path.getsize(picture)
 
 
 # ---- Pictures in files ----------------------------------------------------------------------------------

@@ -135,6 +135,50 @@ def test_val_is_learned_from_only_when_test_is_scored(score_on, learned, scored,
     assert not learn & score
 
 
+# ---- What tells them from others ------------------------------------------------------------------------
+
+
+def differing(one, two):
+    """The parts of two digests that are not the same."""
+    assert one.keys() == two.keys()
+    return {name for name in one if one[name] != two[name]}
+
+
+def test_moving_the_data_folder_is_no_difference(tmp_path):
+    vtab(tmp_path / 'here')
+    config, task = pets(tmp_path / 'here')
+    before = data.digest(task, config)
+    (tmp_path / 'here').rename(tmp_path / 'there')
+    config, task = pets(tmp_path / 'there')
+    assert data.digest(task, config) == before
+    assert len(before) == 10 and before['test names'].startswith('5 ') and before['classes'].startswith('37 ')
+
+
+@pytest.mark.parametrize('change, parts', [
+    (lambda folder: save_picture(folder / 'images/test/000003.jpg', 99, width=80), {'test sizes'}),
+    (lambda folder: (folder / 'val200.txt').write_text(
+        ''.join(f'images/val200/00000{i}.jpg {i + 5}\n' for i in range(3))), {'val labels'}),
+    (lambda folder: (folder / 'test.txt').write_text(
+        ''.join(f'images/test/00000{i}.jpg {i + 2}\n' for i in range(4))), {'test names', 'test labels', 'test sizes'}),
+    (lambda folder: (folder / 'images/train800').rename(folder / 'images/a') and (folder / 'train800.txt').write_text(
+        (folder / 'train800.txt').read_text().replace('train800', 'a')), {'train names'})])
+def test_other_pictures_labels_and_names_are_differences(change, parts, tmp_path):
+    folder = vtab(tmp_path)
+    config, task = pets(tmp_path)
+    before = data.digest(task, config)
+    change(folder)
+    config, task = pets(tmp_path)
+    assert differing(before, data.digest(task, config)) == parts
+
+
+def test_other_classes_and_another_order_are_differences():
+    samples = [(torch.full((3, 4, 4), i, dtype=torch.uint8), i) for i in range(3)]
+    config, task = tiny(), data.Task(samples, samples[:2], samples[:1], ['a', 'b', 'c'])
+    other = data.Task(samples[::-1], samples[:2], [(samples[1][0], 0)], ['a', 'c', 'b'])
+    assert differing(data.digest(task, config), data.digest(other, config)) == {
+        'classes', 'train names', 'train labels', 'test names'}
+
+
 # ---- From files to pictures -----------------------------------------------------------------------------
 
 
