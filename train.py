@@ -169,9 +169,7 @@ def run(config, again=False):
     header(config, task, model, device)
     records = [] if again else resume(folder, model, optimizer, config, device)
     live(f'decoding {len(learn)} + {len(score)} images')
-    learn = data.in_memory(learn, config, device)
-    for pictures in (learn, score):
-        data.check(pictures, config)
+    learn, score = data.in_memory(learn, config, device), data.in_memory(score, config, torch.device('cpu'))
     if again:
         start_over(folder)
     try:
