@@ -231,10 +231,7 @@ def decoded(config, task, device):
         raise InputError(f'{len(learn)} images to train on and {len(score)} of {config.score_on} to score: look at '
                          'n_train and n_val, and at the lists of the data set')
     live(f'decoding {len(learn)} + {len(score)} images')
-    learn = data.in_memory(learn, config, device)
-    for pictures in (learn, score):
-        data.check(pictures, config)
-    return learn, score
+    return data.in_memory(learn, config, device), data.in_memory(score, config, torch.device('cpu'))
 
 
 def packed(tensors, config):
@@ -831,13 +828,14 @@ def one_of(*choices):
 ANY = lambda x: True, ''  # noqa: E731
 TEXT = str.isprintable, 'is a text without line ends and control characters'
 FOLDER = lambda x: x and x.isprintable(), 'is the name of a folder'  # noqa: E731
+WORKERS = lambda x: x == 'auto' or x.isdecimal() and int(x) <= 1024, 'is auto, or a number from 0 to 1024'
 COLOURS = lambda x: len(x) == 3 and all(type(c) in (int, float) and abs(c) < 1e6 for c in x), 'is three numbers, one a colour'
 GRID = lambda x: x and all(type(values) is list and values for values in x.values()), 'is a list of values for each setting'
 
 # What a setting has to be, beside of the type of its default: a test, and what it says in words.
 RULES = {
     'lr': between(1e-12, 1e6), 'weight_decay': between(0, 1e6), 'momentum': between(0, 1), 'warmup': between(0, 0.99),
-    'epochs': between(1, 10 ** 6), 'batch': between(1, 10 ** 6), 'workers': between(0, 1024), 'seed': between(0, 2 ** 31),
+    'epochs': between(1, 10 ** 6), 'batch': between(1, 10 ** 6), 'workers': WORKERS, 'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
     'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4), 'n_shapes': between(1, 6),
     'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6), 'paper_backbone_params': between(0, 1e6),
@@ -855,6 +853,8 @@ def checked(key, value, defaults, where):
     if key not in defaults:
         raise InputError(f'{where}: unknown setting {key!r}{nearest(str(key), defaults)}')
     kind, (fits, rule) = type(defaults[key]), RULES[key]
+    if kind is str and type(value) is int:
+        value = str(value)
     if kind is float and type(value) in (int, str):  # YAML takes 1e-3 for a word
         with suppress(ValueError, OverflowError):
             value = float(value)

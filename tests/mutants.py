@@ -188,6 +188,11 @@ MUTANTS = [
     ('only the first of two sets is checked', 'data.py', 'in pictures.datasets if', 'in pictures.datasets[:1] if', FORMATS),
     ('every run checks every image again', 'data.py', 'DECODED.update(path for path, _ in new)', 'pass', FORMATS),
     ('KITTI is cropped and flipped', 'configs.yaml', 'n_test: 711, N: 50, k: 10, augment: none', 'n_test: 711, N: 50, k: 10', FORMATS),
+    # what tells pictures from others
+    ('a digest does not see the order of pictures', 'data.py', 'lines = [repr(value) for value in values]', 'lines = sorted(map(repr, values))', DATA),
+    ('a digest holds where the data folder is', 'data.py', 'os.path.relpath(picture, folder), ', 'str(picture), ', DATA),
+    ('a digest does not see the size of a file', 'data.py', 'os.path.getsize(picture)', '0', DATA),
+    ('a digest does not see pictures in memory', 'data.py', 'return hashlib.sha256(picture.cpu().contiguous().numpy()).hexdigest()', "return 'picture'", DATA),
     # many runs
     ('a search scores on the test images', 'train.py', "{'score_on': 'val', 'point': f'search", "{'score_on': 'test', 'point': f'search", SWEEPS),
     ('of equal points the larger learning rate wins', 'train.py', "-row[0].get('lr', 0))", "row[0].get('lr', 0))", SWEEPS),

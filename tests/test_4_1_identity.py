@@ -110,7 +110,7 @@ def test_drawn_pictures_are_told_apart_by_their_pixels(tmp_path, capfd):
     told = data.digest(task, config)
     task.train[3][0][0, 0, 0] += 1
     other = data.digest(task, config)
-    assert {name for name in told if told[name] != other[name]} == {'train pixels'}
+    assert {name for name in told if told[name] != other[name]} == {'train names'}
 
 
 # ---- Weights --------------------------------------------------------------------------------------------
