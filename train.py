@@ -127,7 +127,7 @@ def make_model(config, classes):
     whole, weights = config.tune != 'prompts', config.weights or None
     if weights and not Path(weights).exists() and (HERE / weights).exists():
         weights = HERE / weights  # comes with this project
-    model = vit.build(config.model, weights, classes if whole else 0, config.img_size)
+    model = vit.build(config.model, weights, classes if whole else 0, config.img_size, config.readout)
     if not whole:
         return ivpt.IVPT(model, classes, config.N, config.k, config.structure, config.aggregation,
                          config.reinforcement)

@@ -246,7 +246,7 @@ def test_P_starts_uniform_with_the_bound_of_vpt():
     (dict(N=0), 'N=0'),
     (dict(N=-2), 'N=-2'),
     (dict(num_classes=0), '0 classes'),
-    (dict(k=0), 'M=4 .*k=0'),
+    (dict(k=-1), 'M=4 .*k=-1'),
     (dict(k=5), 'M=4 .*k=5'),
     (dict(structure='deep'), "'deep'.*vpt_shallow, vpt, provp, express, vanilla_cdc, cdc"),
     (dict(reinforcement='bottom'), "'bottom'.*topk, all, none"),

@@ -168,6 +168,13 @@ def test_code_in_a_file_is_not_run(dump, tmp_path):
     assert not (tmp_path / 'written').exists()
 
 
+@pytest.mark.parametrize('zipped', [True, False])
+def test_a_pickle_of_a_whole_model_is_refused_with_what_to_save_instead(zipped, tmp_path):
+    torch.save(small(), tmp_path / 'model.pth', _use_new_zipfile_serialization=zipped)
+    said = refusal(small(), tmp_path / 'model.pth')
+    assert 'vit.ViT, which is code' in said and 'save model.state_dict() alone' in said and 'download' not in said
+
+
 @pytest.mark.parametrize('part', [0, 0.001, 0.3, 0.7, 0.999])
 def test_a_file_that_is_cut_short_is_refused(part, tmp_path):
     file = saved(tmp_path, small().state_dict())
