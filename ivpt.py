@@ -96,8 +96,8 @@ def all_tokens(w):
 
 
 def add_last(x, P):
-    """Add prompts P [N, D] to the last N of the tokens x [B, T, D], where P̂ stands. The others stay."""
-    return x + F.pad(P, (0, 0, x.shape[1] - len(P), 0))
+    """Add prompts P [N, D] to the last N of the tokens x [B, T, D], where P̂ stands, in x's format. The others stay."""
+    return x + F.pad(P.to(x.dtype), (0, 0, x.shape[1] - len(P), 0))
 
 
 class Express(nn.Module):

@@ -181,7 +181,7 @@ class ViT(nn.Module):
         if not 1 <= patch_size <= img_size:
             raise InputError(f'an image of {img_size} pixels holds no patch of {patch_size}')
         if L < 1 or num_classes < 0 or readout not in ('cls', 'mean'):
-            raise InputError(f'a ViT has L >= 1, num_classes >= 0, readout cls or mean, not {L}, {num_classes}, {readout}')
+            raise InputError(f'a ViT has L >= 1, classes >= 0, readout cls or mean, not {L}, {num_classes}, {readout}')
         M = (img_size // patch_size) ** 2
         self.img_size, self.patch_size, self.D, self.L, self.M, self.readout = img_size, patch_size, D, L, M, readout
         self.patch_embed = PatchEmbed(patch_size, D)
