@@ -144,7 +144,8 @@ def make_model(config, classes):
                          'values with --weights random')
     if not Path(weights).exists() and (HERE / weights).exists():
         weights = HERE / weights  # comes with this project
-    model = vit.build(config.model, None if weights == 'random' else weights, classes if whole else 0, config.img_size)
+    model = vit.build(config.model, None if weights == 'random' else weights, classes if whole else 0, config.img_size,
+                      config.readout)
     if not whole:
         return ivpt.IVPT(model, classes, config.N, config.k, config.structure, config.aggregation,
                          config.reinforcement)
@@ -842,7 +843,7 @@ RULES = {
     'tune': one_of('prompts', 'bias', 'head', 'all'), 'score_on': one_of('test', 'val'),
     'augment': one_of('crop_flip', 'none'), 'optimizer': one_of('SGD', 'AdamW'),
     'save_dtype': one_of('float32', 'float16'), 'structure': one_of(*ivpt.STRUCTURES),
-    'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'source': one_of(*data.SOURCES),
+    'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'readout': one_of('cls', 'mean'), 'source': one_of(*data.SOURCES),
     'torchvision': one_of('', *data.TORCHVISION), 'aggregation': ANY, 'bf16': ANY, 'task': TEXT, 'method': TEXT,
     'model': TEXT, 'data': FOLDER, 'runs': FOLDER, 'weights': TEXT, 'dir': TEXT, 'images': TEXT, 'ask': TEXT,
     'mean': COLOURS, 'std': (lambda x: COLOURS[0](x) and min(x) > 0, COLOURS[1] + ', above 0'), 'grid': GRID}

@@ -110,8 +110,8 @@ def test_a_setting_of_the_wrong_name_type_or_range_is_refused(change, said, refu
 @pytest.mark.parametrize('changes, said', [
     (dict(N=0), 'N goes from 1 to 1000, not 0'),
     (dict(k=-3), 'k goes from 0'),
-    (dict(k=37), '1 to M=36 of the image tokens, not k=37'),
-    (dict(k=10, img_size=24), '1 to M=9 of the image tokens, not k=10'),
+    (dict(k=37), '0 to M=36 of the image tokens, not k=37'),
+    (dict(k=10, img_size=24), '0 to M=9 of the image tokens, not k=10'),
     (dict(img_size=4), 'an image of 4 pixels holds no patch of 8'),
 ])
 def test_numbers_that_do_not_fit_the_vit_are_refused_with_the_numbers(changes, said, refusal):
