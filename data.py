@@ -494,22 +494,24 @@ SOURCES = {'vtab': vtab, 'fgvc': fgvc, 'folder': folders, 'shapes': shapes}
 # ---- Batches --------------------------------------------------------------------------------------------
 
 
-def batches(pictures, config, device, epoch=None):
+def batches(pictures, config, device, epoch=None, part=slice(None)):
     """Yield (images float [B, 3, H, W], normalised, labels [B]) on the device.
 
     With an epoch: shuffled and augmented for training, by random numbers that depend on the seed and the
-    epoch alone. Without: in order, the middle of each picture, as for a test."""
+    epoch alone. Without: in order, the middle of each picture, as for a test. part: which of each batch, where processes
+    share them; one that has none of a batch gets its first picture."""
     generator = torch.Generator().manual_seed(1_000_003 * config.seed + (epoch or 0))
     order = range(len(pictures)) if epoch is None else torch.randperm(len(pictures), generator=generator).tolist()
     draws = torch.rand(2 + 3 * len(order), generator=generator)[2:].view(-1, 3)  # the first two were another's once
     mean, std = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (config.mean, config.std))
 
     def crops(start):
-        batch = slice(start, start + config.batch)
-        images, labels = zip(*(pictures[i] for i in order[batch]))
+        places = range(len(order))[start:start + config.batch]
+        places = [*(places[part] or places[:1])]
+        images, labels = zip(*(pictures[order[place]] for place in places))
         if epoch is None or config.augment == 'none':
             return torch.stack([center_crop(image, config.img_size) for image in images]), torch.tensor(labels)
-        return augment(images, config.img_size, draws[batch]), torch.tensor(labels)
+        return augment(images, config.img_size, draws[places]), torch.tensor(labels)
 
     workers = 0 if isinstance(pictures, list) else workers_of(config)
     for images, labels in decoded(crops, range(0, len(order), config.batch), workers):

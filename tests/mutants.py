@@ -266,7 +266,7 @@ MUTANTS = [
      'data.load(config)', SWEEPS),
     *[(f'unseen: {name} is free', 'train.py', "FREE = {'data', ", f"FREE = {{'data', '{name}', ", STOPS)
       for name in ('bf16', 'mean', 'n_test', 'score_on', 'save_dtype', 'k')],
-    *[(f'unseen: {name} is not free', 'train.py', f"'{name}', ", '', STOPS) for name in ('cache_gb', 'grid', 'paper_params')],
+    *[(f'unseen: {name} is not free', 'train.py', f"'{name}', ", '', STOPS) for name in ('point', 'cache_gb', 'grid')],
     ('unseen: settings that only the older run has are not compared', 'train.py', '(old.keys() | new.keys())', 'new.keys()', STOPS),
     ('unseen: settings that only the new run has are not compared', 'train.py', '(old.keys() | new.keys())', 'old.keys()', STOPS),
     ('unseen: --again does not search again', 'train.py', 'search(config, again)', 'search(config)', SWEEPS),
