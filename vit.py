@@ -211,7 +211,7 @@ class ViT(nn.Module):
         return self.head(self.read(tokens))
 
     def last(self, tokens, *context):
-        """The last layer as far as it is read, for `read`: by 'cls', its z_cls asks alone, all others are context."""
+        """The last layer, as far as `read` needs it: with 'cls', z_cls alone asks, and all other tokens are context."""
         if self.readout == 'cls':
             tokens, others = tokens.split([1, tokens.shape[1] - 1], dim=1)
             context = others, *context
