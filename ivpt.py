@@ -167,7 +167,7 @@ class IVPT(nn.Module):
     - AR acts between layers, so L-1 times: "subsequently input into the next transformer layer", and only
       so are Table 8's 0.18M for AR met (tests/test_4_accounting.py).
     - EXPRESS's residuals are on the outputs of the three parts, as the text of 4.3 and Das et al. have it;
-      Figure 3's caption says before. The class token is classified, as everywhere here.
+      Figure 3's caption says before. What is classified is the ViT's `readout`, as everywhere here.
 
     Raises ValueError if the numbers do not fit the ViT or each other.
     """
