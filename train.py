@@ -66,7 +66,7 @@ def train(model, optimizer, pictures, config, device, done=0, scaler=OFF):
     share the run each take a part of every batch. Losses are read once an epoch: to read one makes a GPU wait.
     Raises FloatingPointError after an epoch in which a loss, or at whose end a parameter, is not finite."""
     rank, world = parts()
-    replica = DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+    replica = DistributedDataParallel(model) if world > 1 else model
     sizes = [len(range(len(pictures))[i:i + config.batch]) for i in range(0, len(pictures), config.batch)]
     for epoch in range(done, config.epochs):
         torch.manual_seed(1_000_003 * config.seed + epoch)
@@ -538,7 +538,7 @@ def run_all(runs, again, searching):
     """Run all: here one after another; under torchrun each in the process that is free next, and one alone in all of
     them together. With a search, its points come first. What is wrong with one run (data that is not there, a rate too
     high) is said once, and the next has its turn. Returns the results and the exit status, to the first process."""
-    first = {}  # of the runs of one task, model and method: it searches for all
+    first, best = {}, {}  # of the runs of one task, model and method: the first searches for all; what it found
     for config in runs:
         first.setdefault((config.task, config.model, config.method), config)
     jobs = [point for config in first.values() for point in points(config) if searching] + runs
@@ -547,7 +547,9 @@ def run_all(runs, again, searching):
         result = None  # what the others see of a run that failed
         try:
             if searching and not config.point:
-                vars(config).update(search(first[config.task, config.model, config.method], store))
+                key = config.task, config.model, config.method
+                best[key] = best.get(key) or search(first[key], store)
+                vars(config).update(best[key])
             result = run(config, again)
         except (InputError, torch.OutOfMemoryError) as error:
             if config.point and isinstance(error, Diverged):
@@ -568,6 +570,7 @@ def take_turns(n, device):
     if 'RANK' not in os.environ:
         return dist.HashStore(), range(n)
     store, rank, world = next(dist.rendezvous('env://'))
+    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)  # after a restart all starts anew
     store.set_timeout(timedelta(days=999))
     if n == 1:
         backend = dist.get_default_backend_for_device(find_device(device))
