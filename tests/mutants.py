@@ -24,6 +24,7 @@ LOOP, DATA, COUNTS, FILES, INPUT, STOPS, FUZZ = (
     'test_4_1_training', 'test_4_1_data', 'test_4_accounting', 'test_weights', 'test_bad_input', 'test_4_1_interruptions',
     'test_bad_input_fuzz')
 FORMATS, SWEEPS = 'test_4_data_formats', 'test_4_sweeps'
+OPTIMISER, EXERCISE = 'test_3_4_optimiser', 'test_exercise'
 
 # (the mistake, the file, the text that is right, the text that is wrong, the test file that should notice)
 MUTANTS = [
@@ -81,6 +82,28 @@ MUTANTS = [
     ('Eq. 12 with γ_ji', 'ivpt.py', 'gamma.unsqueeze(-1) * p_previous', 'gamma.mT.unsqueeze(-1) * p_previous', ALPHA),
     ('Eq. 12 with γ outside of the exponential', 'ivpt.py', 'return attention_weight(q, W_K, p), alpha.unflatten(-1, gamma.shape[-2:])',
      'return attention_weight(q, W_K, p), gamma * attention_weight(q, W_K, p_previous).unsqueeze(-2)', ALPHA),
+    # 3.3 and 3.4, seen from the optimiser
+    ('optimiser: CDC is a mean of two layers', 'ivpt.py', 'P[1:] + P[:-1]])', '(P[1:] + P[:-1]) / 2])', OPTIMISER),
+    ('optimiser: CDC subtracts', 'ivpt.py', 'P[1:] + P[:-1]])', 'P[1:] - P[:-1]])', OPTIMISER),
+    ('optimiser: CDC learns from its own layer alone', 'ivpt.py', 'P[1:] + P[:-1]])', 'P[1:] + P[:-1].detach()])', OPTIMISER),
+    ('optimiser: vanilla CDC learns from its own layer alone', 'ivpt.py', 'return P.cumsum(dim=0)',
+     'return P + P.detach().cumsum(dim=0) - P.detach()', OPTIMISER),
+    ('optimiser: vanilla CDC is a mean of the layers so far', 'ivpt.py', 'return P.cumsum(dim=0)',
+     'return P.cumsum(dim=0) / torch.arange(1, 1 + len(P)).view(-1, 1, 1)', OPTIMISER),
+    ('optimiser: vanilla CDC does not reach the last layer', 'ivpt.py', 'return P.cumsum(dim=0)',
+     'return torch.cat([P[:-1].cumsum(dim=0), P[-1:]])', OPTIMISER),
+    ('optimiser: γ acts on its own layer', 'ivpt.py', 'psi(gamma, P[:-1])', 'psi(gamma, P[1:])', OPTIMISER),
+    ('optimiser: γ of the layer before', 'ivpt.py', 'psi(gamma, P[:-1])', 'psi(gamma.roll(1, 0), P[:-1])', OPTIMISER),
+    ('optimiser: γ learns nothing', 'ivpt.py', 'return gamma @ P', 'return gamma.detach() @ P', OPTIMISER),
+    ('optimiser: γ is normalised', 'ivpt.py', 'return gamma @ P', 'return gamma.softmax(-1) @ P', OPTIMISER),
+    ('optimiser: prompts are normalised before they enter', 'ivpt.py', 'P_hat = self.prompts().unbind()',
+     'P_hat = (self.prompts() / self.prompts().norm()).unbind()', OPTIMISER),
+    ('optimiser: P starts with half of the bound', 'ivpt.py', 'uniform_(-bound, bound)', 'uniform_(-bound / 2, bound / 2)', OPTIMISER),
+    ('optimiser: γ starts with ones everywhere', 'ivpt.py', 'torch.eye(N)', 'torch.ones(N, N)', OPTIMISER),
+    ('optimiser: the cosine stops half-way', 'train.py', 'math.cos(math.pi * (', 'math.cos(math.pi / 2 * (', OPTIMISER),
+    ('optimiser: AR at tokens that no image has a part in', 'ivpt.py', 'w.topk(k, dim=-1).indices',
+     'torch.arange(k, device=w.device).expand(*w.shape[:-1], k)', OPTIMISER),
+    ('optimiser: AR adds nothing', 'ivpt.py', 'P_re.expand(B, k, D)', '0 * P_re.expand(B, k, D)', OPTIMISER),
     # 3.5, AR
     ('Top-k of the smallest', 'ivpt.py', 'w.topk(k, dim=-1)', 'w.topk(k, dim=-1, largest=False)', AR),
     ('Top-k in ascending order', 'ivpt.py', 'w.topk(k, dim=-1).indices', 'w.topk(k, dim=-1).indices.flip(1)', AR),
