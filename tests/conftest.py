@@ -17,3 +17,9 @@ settings.register_profile('thorough', max_examples=1000, **common)
 settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'default'))
 
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
+
+
+def pytest_configure(config):
+    """Tests that take minutes are left out, unless -m asks for them: `pytest -m slow`."""
+    config.addinivalue_line('markers', 'slow: takes minutes')
+    config.option.markexpr = config.option.markexpr or 'not slow'

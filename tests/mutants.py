@@ -162,6 +162,16 @@ MUTANTS = [
     ('AR with inherited prompts is ignored', 'ivpt.py', "if reinforcement != 'none' and structure in INHERITED", 'if False', STRUCT),
     ('bias tuning trains no LayerNorm', 'train.py', "name.endswith('.bias') or", "name.endswith('.bias') and 'norm' not in name or", STRUCT),
     ('bias tuning trains no head', 'train.py', "name.endswith('.bias') or name.startswith('head.')", "name.endswith('.bias')", STRUCT),
+    # the exercises
+    ('exercise: the docstring goes too', 'tests/exercise.py', 'if ast.get_docstring(node) is None:', 'if True:', EXERCISE),
+    ('exercise: the body stays', 'tests/exercise.py', "    (folder / exercise.file).write_text(text, encoding='utf-8')\n", '', EXERCISE),
+    ('exercise: a false sentence has status 0', 'tests/exercise.py', 'return int(bool(false or trouble or not passed))', 'return 0', EXERCISE),
+    ('exercise: a folder that is not empty is written into', 'tests/exercise.py', ' or any(folder.iterdir())', '', EXERCISE),
+    ('exercise: the smallest case is not told', 'tests/exercise.py', "(?:case|example): ", 'no such words: ', EXERCISE),
+    ('exercise: the tests of another exercise', 'tests/exercise.py', '*exercise.tests]', "'tests/test_bench.py']", EXERCISE),
+    ('exercise: nothing has run, and all is right', 'tests/exercise.py', 'trouble or not passed', 'False', EXERCISE),
+    ('exercise: one of two functions is left as it is', 'tests/exercise.py', 'for name in exercise.functions:\n        source',
+     'for name in exercise.functions[:1]:\n        source', EXERCISE),
     # 4.1, the loop
     ('warm-up is off by one', 'train.py', 'return (step + 1) / rising', 'return step / rising', LOOP),
     ('warm-up is one step too long', 'train.py', 'if step < rising', 'if step <= rising', LOOP),
