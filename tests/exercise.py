@@ -206,7 +206,7 @@ def check(folder):
     if false and all(failure['error'].startswith('NotImplementedError') for failure in false):
         print(f'{exercise.title}: {names(exercise)} is not written yet.')
     elif false:
-        print(f'{exercise.title}: not yet. {passed} sentences were true before {len(false)} were false:')
+        print(f'{exercise.title}: not yet. Of the sentences that were tried {passed} are true, {len(false)} false:')
         for failure in false:
             explain(failure)
         print('\nThe letters are explained on top of vit.py; all tensors follow from them (tests/strategies.py).')
