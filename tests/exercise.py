@@ -197,11 +197,12 @@ def check(folder):
     """Run the tests of the exercise that a folder is a copy for, and print what they found. Returns 0 or 1."""
     exercise = read(folder)
     try:
-        for name in exercise.functions:
-            find(ast.parse((folder / exercise.file).read_text(encoding='utf-8')), name, folder / exercise.file)
-    except SyntaxError as error:
-        print(f'{exercise.file} is not Python yet: line {error.lineno}, {error.msg}.')
+        tree = ast.parse((folder / exercise.file).read_bytes(), exercise.file)
+    except (SyntaxError, ValueError) as error:
+        print(f'This is not Python yet: {error}')
         return 1
+    for name in exercise.functions:
+        find(tree, name, folder / exercise.file)
     passed, false, trouble = run_tests(folder, exercise)
     if false and all(failure['error'].startswith('NotImplementedError') for failure in false):
         print(f'{exercise.title}: {names(exercise)} is not written yet.')
@@ -233,15 +234,17 @@ def run_tests(folder, exercise):
         told = Path(temporary, 'told.json')
         command = [sys.executable, '-m', 'pytest', '-q', f'--maxfail={MOST}', '--color=no', '-p', 'no:cacheprovider',
                    '-p', 'exercise', '--rootdir', '.', *exercise.tests]
-        environment = os.environ | {'PYTHONPATH': str(Path(__file__).parent), 'EXERCISE_TOLD': str(told)}
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])])
+        environment = os.environ | {'PYTHONPATH': path, 'EXERCISE_TOLD': str(told)}
         try:
-            out = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
+            out = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors='replace',
+                                 timeout=LIMIT)
         except subprocess.TimeoutExpired:
             return 0, [], f'After {LIMIT} seconds they still ran: is there a loop without an end?'
         results = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
     false = [result for result in results if result]
     errors = [line[1:].strip() for line in out.stdout.splitlines() if line.startswith('E ')]
-    trouble = (errors or out.stderr.splitlines() or ['pytest says nothing'])[-1] if out.returncode > 1 else ''
+    trouble = (errors or out.stderr.splitlines() or ['pytest says nothing'])[-1] if out.returncode else ''
     return len(results) - len(false), false, trouble
 
 

@@ -271,10 +271,13 @@ def test_a_function_that_is_no_longer_there_is_one_line(tmp_path, capsys, monkey
     assert not (tmp_path / 'new').exists()
 
 
-def test_python_that_is_not_is_told_by_its_line(tmp_path, capsys):
+@pytest.mark.parametrize('content, words', [
+    (b'x = 1\ndef cdc(P)\n', 'line 2'), (b'\xff = 1\n', 'decode'), (b'x = 1\0\n', 'null bytes')])
+def test_what_is_not_python_is_told_in_one_line(content, words, tmp_path, capsys):
     assert main(['1', str(tmp_path / 'copy')]) == 0
-    (tmp_path / 'copy/ivpt.py').write_text('x = 1\ndef cdc(P)\n')
-    assert checked(tmp_path / 'copy', capsys) == (1, "ivpt.py is not Python yet: line 2, expected ':'.\n")
+    (tmp_path / 'copy/ivpt.py').write_bytes(content)
+    status, said = checked(tmp_path / 'copy', capsys)
+    assert status == 1 and re.fullmatch(f'This is not Python yet: .*{words}.*\n', said), said
 
 
 def test_a_copy_of_a_copy_is_refused(tmp_path, capsys, monkeypatch):
