@@ -24,3 +24,8 @@ torch.set_num_threads(1)  # the tensors are small: threads would only wait for e
 # PyYAML takes 30 ms for configs.yaml, which hundreds of tests read: the same text is parsed once.
 parsed = functools.lru_cache(maxsize=4)(yaml.load)
 yaml.load = lambda text, Loader: copy.deepcopy(parsed(text, Loader))
+
+def pytest_configure(config):
+    """Tests that take minutes are left out, unless -m asks for them: `pytest -m slow`."""
+    config.addinivalue_line('markers', 'slow: takes minutes')
+    config.option.markexpr = config.option.markexpr or 'not slow'

@@ -26,6 +26,7 @@ LOOP, DATA, COUNTS, FILES, INPUT, STOPS, FUZZ = (
 FORMATS, SWEEPS, DIALECTS = 'test_4_data_formats', 'test_4_sweeps', 'test_weights_dialects'
 
 IDENTITY, PROCESSES = 'test_4_1_identity', 'test_4_1_processes'
+OPTIMISER, EXERCISE = 'test_3_4_optimiser', 'test_exercise'
 
 # (the mistake, the file, the text that is right, the text that is wrong, the test file that should notice)
 MUTANTS = [
@@ -83,6 +84,28 @@ MUTANTS = [
     ('Eq. 12 with γ_ji', 'ivpt.py', 'gamma.unsqueeze(-1) * p_previous', 'gamma.mT.unsqueeze(-1) * p_previous', ALPHA),
     ('Eq. 12 with γ outside of the exponential', 'ivpt.py', 'return attention_weight(q, W_K, p), alpha.unflatten(-1, gamma.shape[-2:])',
      'return attention_weight(q, W_K, p), gamma * attention_weight(q, W_K, p_previous).unsqueeze(-2)', ALPHA),
+    # 3.3 and 3.4, seen from the optimiser
+    ('optimiser: CDC is a mean of two layers', 'ivpt.py', 'P[1:] + P[:-1]])', '(P[1:] + P[:-1]) / 2])', OPTIMISER),
+    ('optimiser: CDC subtracts', 'ivpt.py', 'P[1:] + P[:-1]])', 'P[1:] - P[:-1]])', OPTIMISER),
+    ('optimiser: CDC learns from its own layer alone', 'ivpt.py', 'P[1:] + P[:-1]])', 'P[1:] + P[:-1].detach()])', OPTIMISER),
+    ('optimiser: vanilla CDC learns from its own layer alone', 'ivpt.py', 'return P.cumsum(dim=0)',
+     'return P + P.detach().cumsum(dim=0) - P.detach()', OPTIMISER),
+    ('optimiser: vanilla CDC is a mean of the layers so far', 'ivpt.py', 'return P.cumsum(dim=0)',
+     'return P.cumsum(dim=0) / torch.arange(1, 1 + len(P)).view(-1, 1, 1)', OPTIMISER),
+    ('optimiser: vanilla CDC does not reach the last layer', 'ivpt.py', 'return P.cumsum(dim=0)',
+     'return torch.cat([P[:-1].cumsum(dim=0), P[-1:]])', OPTIMISER),
+    ('optimiser: γ acts on its own layer', 'ivpt.py', 'psi(gamma, P[:-1])', 'psi(gamma, P[1:])', OPTIMISER),
+    ('optimiser: γ of the layer before', 'ivpt.py', 'psi(gamma, P[:-1])', 'psi(gamma.roll(1, 0), P[:-1])', OPTIMISER),
+    ('optimiser: γ learns nothing', 'ivpt.py', 'return gamma @ P', 'return gamma.detach() @ P', OPTIMISER),
+    ('optimiser: γ is normalised', 'ivpt.py', 'return gamma @ P', 'return gamma.softmax(-1) @ P', OPTIMISER),
+    ('optimiser: prompts are normalised before they enter', 'ivpt.py', 'P_hat = self.prompts().unbind()',
+     'P_hat = (self.prompts() / self.prompts().norm()).unbind()', OPTIMISER),
+    ('optimiser: P starts with half of the bound', 'ivpt.py', 'uniform_(-bound, bound)', 'uniform_(-bound / 2, bound / 2)', OPTIMISER),
+    ('optimiser: γ starts with ones everywhere', 'ivpt.py', 'torch.eye(N)', 'torch.ones(N, N)', OPTIMISER),
+    ('optimiser: the cosine stops half-way', 'train.py', 'math.cos(math.pi * (', 'math.cos(math.pi / 2 * (', OPTIMISER),
+    ('optimiser: AR at tokens that no image has a part in', 'ivpt.py', 'w.topk(k, dim=-1).indices',
+     'torch.arange(k, device=w.device).expand(*w.shape[:-1], k)', OPTIMISER),
+    ('optimiser: AR adds nothing', 'ivpt.py', 'P_re.expand(B, k, D)', '0 * P_re.expand(B, k, D)', OPTIMISER),
     # 3.5, AR
     ('Top-k of the smallest', 'ivpt.py', 'w.topk(k, dim=-1)', 'w.topk(k, dim=-1, largest=False)', AR),
     ('Top-k in ascending order', 'ivpt.py', 'w.topk(k, dim=-1).indices', 'w.topk(k, dim=-1).indices.flip(1)', AR),
@@ -178,6 +201,16 @@ MUTANTS = [
      FILES),
     ('names: a safetensors header in the order of the tensors alone', 'vit.py', "sorted(header.items(), key=lambda item: item[1]['data_offsets'])",
      'header.items()', 'test_weights_files'),
+    # the exercises
+    ('exercise: the docstring goes too', 'tests/exercise.py', 'if ast.get_docstring(node) is None:', 'if True:', EXERCISE),
+    ('exercise: the body stays', 'tests/exercise.py', "    (folder / exercise.file).write_text(text, encoding='utf-8')\n", '', EXERCISE),
+    ('exercise: a false sentence has status 0', 'tests/exercise.py', 'return int(bool(false or trouble or not passed))', 'return 0', EXERCISE),
+    ('exercise: a folder that is not empty is written into', 'tests/exercise.py', ' or any(folder.iterdir())', '', EXERCISE),
+    ('exercise: the smallest case is not told', 'tests/exercise.py', "(?:case|example): ", 'no such words: ', EXERCISE),
+    ('exercise: the tests of another exercise', 'tests/exercise.py', '*exercise.tests]', "'tests/test_bench.py']", EXERCISE),
+    ('exercise: nothing has run, and all is right', 'tests/exercise.py', 'trouble or not passed', 'False', EXERCISE),
+    ('exercise: one of two functions is left as it is', 'tests/exercise.py', 'for name in exercise.functions:\n        source',
+     'for name in exercise.functions[:1]:\n        source', EXERCISE),
     # 4.1, the loop
     ('warm-up is off by one', 'train.py', 'return (step + 1) / rising', 'return step / rising', LOOP),
     ('warm-up is one step too long', 'train.py', 'if step < rising', 'if step <= rising', LOOP),
