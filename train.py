@@ -21,7 +21,9 @@ if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import difflib
 import hashlib
+import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -30,7 +32,7 @@ import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
-from itertools import count, product, takewhile
+from itertools import product, takewhile
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -163,9 +165,10 @@ def accuracy(model, pictures, config, device, noise=0.0):
 
 
 def make_model(config, classes):
-    """The backbone with its weights and what the method tunes; the rest requires no gradient."""
+    """The backbone with its weights and what the method tunes; the rest requires no gradient. Adds `backbone` to the
+    settings, what its weights are: the first digits of their SHA-256, without a head."""
     torch.manual_seed(config.seed)
-    whole, weights = config.tune != 'prompts', config.weights
+    whole, weights = config.tune in ('all', 'bias', 'head'), config.weights
     if not weights:
         raise InputError(f'{config.model} has no weights of its own: name a file with --weights FILE, or ask for random '
                          'values with --weights random')
@@ -173,14 +176,39 @@ def make_model(config, classes):
         weights = HERE / weights  # comes with this project
     model = vit.build(config.model, None if weights == 'random' else weights, classes if whole else 0, config.img_size,
                       config.readout)
-    if not whole:
+    found = hashlib.sha256()
+    for name, x in model.state_dict().items():
+        if not name.startswith('head.'):
+            found.update(name.encode() + x.numpy().tobytes())
+    config.backbone = found.hexdigest()[:12]
+    if config.tune == 'prompts':
         return ivpt.IVPT(model, classes, config.N, config.k, config.structure, config.aggregation,
                          config.reinforcement)
+    if not whole:
+        return from_file(config.tune, model.requires_grad_(False), classes, config)
     if config.tune == 'head':
         model.requires_grad_(False).head.requires_grad_(True)
     if config.tune == 'bias':  # BitFit (Zaken et al., 2022)
         for name, p in model.named_parameters():
             p.requires_grad_(name.endswith('.bias') or name.startswith('head.'))
+    return model
+
+
+def from_file(where, backbone, classes, config):
+    """What the function that FILE.py:NAME names makes of the frozen backbone: a module from images [B, 3, H, W] to logits
+    [B, C]. All that requires a gradient in it is trained; if it has a method `prepare`, that gets (images, labels) of the
+    training pictures, batch by batch, before training starts. The file is code, and is run."""
+    file, _, name = where.rpartition(':')
+    path = Path(file) if Path(file).exists() else HERE / file
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        code = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(code)
+        model = getattr(code, name)(backbone, classes, config)
+    except Exception as error:
+        raise InputError(f'{where}: {type(error).__name__}: {error}') from None
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f'{where} returned a {type(model).__name__}, and not a module from images to logits')
     return model
 
 
@@ -216,8 +244,14 @@ def number_format(config, device):
 
 
 def trained(model):
-    """What the method tunes, by name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """What the method tunes, and buffers of its own, by name."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: x for name, x in model.state_dict().items() if name not in frozen}
+
+
+def count(model):
+    """How many numbers are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def run(config, again=False):
@@ -230,18 +264,20 @@ def run(config, again=False):
     config.precision, why = number_format(config, device)
     task = data.load(config)
     model = make_model(config, len(task.classes)).to(device)
-    identify(config, task, model)
+    vars(config).update(data.digest(task, config))
     if not again and (result := read_result(folder)):
         same_settings(result['config'], config, folder)
         restore_params(folder, result, config)
         say(f'{folder}: finished before, {100 * result["accuracy"]:.2f}%; --again runs it again')
         return result
     place = folder / AGAIN if again and folder.exists() else folder
+    learn, score = decoded(config, task, device)
+    if hasattr(model, 'prepare'):
+        model.prepare(data.batches(task.train, config, device))
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == 'float16')
     header(config, task, model, device, why)
     records = resume(place, model, optimizer, scaler, config, device)
-    learn, score = decoded(config, task, device)
     write_log(place, records)  # what cannot be written is found out before the first epoch
     try:
         for record in train(model, optimizer, learn, config, device, len(records), scaler):
@@ -266,20 +302,6 @@ class Diverged(InputError):
     """The learning rate is too high."""
 
 
-def identify(config, task, model):
-    """Add to the settings what a run belongs to beside them: digests of its pictures and of its backbone as loaded."""
-    vars(config).update(data.digest(task, config), backbone=backbone_digest(model))
-
-
-def backbone_digest(model):
-    """SHA-256 of the backbone, its first digits. A head is not part of it."""
-    found = hashlib.sha256()
-    for name, x in getattr(model, 'vit', model).state_dict().items():
-        if not name.startswith('head.'):
-            found.update(name.encode() + x.cpu().numpy().tobytes())
-    return found.hexdigest()[:12]
-
-
 def decoded(config, task, device):
     """The pictures to train on and those to score, decoded once: in memory where they fit, and none of them broken."""
     learn, score = (task.train + task.val, task.test) if config.score_on == 'test' else (task.train, task.val)
@@ -293,7 +315,8 @@ def decoded(config, task, device):
 def packed(tensors, config):
     """The bytes of params.pth: what was trained, in the number format that is asked for."""
     file = io.BytesIO()
-    torch.save({name: x.to('cpu', getattr(torch, config.save_dtype)) for name, x in tensors.items()}, file)
+    dtype = getattr(torch, config.save_dtype)
+    torch.save({name: x.to('cpu', dtype if x.is_floating_point() else x.dtype) for name, x in tensors.items()}, file)
     return file.getvalue()
 
 
@@ -302,7 +325,7 @@ def finish(folder, model, score, task, config, records, device):
     params, loss, guess = packed(trained(model), config), records[-1]['loss'], math.log(len(task.classes))
     result = {'task': config.task, 'model': config.model, 'method': config.method, 'seed': config.seed,
               'score_on': config.score_on, 'accuracy': accuracy(model, score, config, device), 'images': len(score),
-              'trained_parameters': sum(p.numel() for p in trained(model).values()), 'final_loss': loss,
+              'trained_parameters': count(model), 'final_loss': loss,
               'seconds': sum(record['seconds'] for record in records), 'classes': task.classes,
               'config': vars(config), 'params_digest': digest(params), **environment(device)}
     write(folder / 'params.pth', params)
@@ -334,8 +357,7 @@ def kept(folder, records):
 
 def header(config, task, model, device, why):
     """Say what is about to be trained, on what, with what."""
-    parts = trained(model)
-    count, frozen = sum(p.numel() for p in parts.values()), sum(p.numel() for p in model.parameters())
+    parts, size = trained(model), sum(p.numel() for p in model.parameters())
     sizes = ', '.join(f'{name} {list(p.shape)}' for name, p in parts.items())
     sizes = sizes if len(parts) < 6 else f'{len(parts)} tensors'
     paper = f'; the paper, mean over VTAB-1k: {config.paper_params:.2f}M' if config.paper_params else ''
@@ -344,10 +366,10 @@ def header(config, task, model, device, why):
         f'{len(task.test)} for testing, {len(task.classes)} classes')
     for note in task.notes:
         say(f'          {note}')
-    say(f'backbone  {config.model} at {config.img_size} pixels, {frozen / 1e6:.2f}M parameters in all'
+    say(f'backbone  {config.model} at {config.img_size} pixels, {size / 1e6:.2f}M parameters in all'
         f'{table_18}, weights {config.weights} ({config.backbone})')
     say(f'pixels    {config.normalisation}')
-    say(f'method    {config.method}, seed {config.seed}: {count / 1e6:.3f}M trained ({sizes}){paper}')
+    say(f'method    {config.method}, seed {config.seed}: {count(model) / 1e6:.3f}M trained ({sizes}){paper}')
     say('device    {device}, {threads} threads, torch {torch}, torchvision {torchvision}'.format(**environment(device)))
     say(f'numbers   {config.precision}: {why}')
 
@@ -380,7 +402,8 @@ AGAIN = 'again'  # in a run's folder: the same run, made anew, until it has ende
 
 def folder_of(config):
     """Where a run writes."""
-    return Path(config.runs) / config.task / config.model / config.method / f'seed{config.seed}' / config.point
+    method = re.sub(r'[^\w.+-]', '_', config.method)  # of a function in a file: its path
+    return Path(config.runs) / config.task / config.model / method / f'seed{config.seed}' / config.point
 
 
 def digest(content):
@@ -503,7 +526,7 @@ def set_aside(path, why):
     """Rename a file that cannot be used, and say so. Returns None."""
     if parts()[0] > 0:
         return
-    aside = next(aside for n in count(1) if not (aside := path.with_name(f'{path.name}.damaged{n}')).exists())
+    aside = next(aside for n in itertools.count(1) if not (aside := path.with_name(f'{path.name}.damaged{n}')).exists())
     path.replace(aside)
     say(f'{path} is {why}: set aside as {aside.name}')
 
@@ -574,7 +597,7 @@ def take_turns(n, device):
         backend = dist.get_default_backend_for_device(find_device(device))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         return store, range(1)
-    return store, takewhile(lambda i: i < n, (store.add('turn', 1) - 1 for _ in count()))
+    return store, takewhile(lambda i: i < n, (store.add('turn', 1) - 1 for _ in itertools.count()))
 
 
 def told(store, config):
@@ -662,7 +685,8 @@ def report(configs, folder, names=None, models=None, methods=None, seeds=None):
         say(f'{backbone}:')
         tasks = {task for task, *_ in mine}
         shown = columns(configs, names or [name for name in configs['tasks'] if name in tasks])
-        table(configs, mine, shown, methods or [name for name in configs['methods'] if name in {m for _, m, _ in mine}])
+        found = {method for _, method, _ in mine}
+        table(configs, mine, shown, methods or [name for name in dict.fromkeys((*configs['methods'], *found)) if name in found])
         for task in shown:
             say_differences(task, [result for (name, *_), result in mine.items() if name == task])
     return 0 if whole else 2
@@ -776,14 +800,16 @@ def open_run(folder, device, changes=None):
     if not result:
         raise InputError(f'{folder}: no finished run; train it first')
     stored = result['config']
+    if 'backbone' not in stored:
+        raise InputError(f'{folder}: an older version made it, without digests of pictures and backbone; train it again')
     config = SimpleNamespace(**stored | {name: (changes or {}).get(name, stored[name]) for name in ('data', 'weights')})
     if config.tune == 'all':  # params.pth is the whole model
         config.weights = 'random'
     model = make_model(config, len(result['classes'])).to(device).eval()
-    if config.tune != 'all' and (now := backbone_digest(model)) != config.backbone:
+    if config.tune != 'all' and config.backbone != stored['backbone']:
         raise InputError(f'{folder} was tuned on another backbone than {config.weights} holds: backbone '
-                         f'{config.backbone} -> {now}; name its file with --weights')
-    config.weights = stored['weights']
+                         f'{stored["backbone"]} -> {config.backbone}; name its file with --weights')
+    config.weights, config.backbone = stored['weights'], stored['backbone']
     restore_params(folder, result, config)
     model.load_state_dict(vit.read_state_dict(folder / 'params.pth'), strict=False)
     return config, result['classes'], model
@@ -825,10 +851,11 @@ def settings(configs, task, method=None, model=None, changes=None):
     model = model or of_task.get('model', defaults['model'])
     of_model = model_entry(configs, model)
     for name in dict.fromkeys(str(method or of_task.get('method', defaults['method'])).split(',')):
-        config, source = dict(defaults), dict.fromkeys(defaults, 'defaults')
+        config, source, own = dict(defaults), dict.fromkeys(defaults, 'defaults'), entry(configs, 'methods', name)
+        known = own | defaults if ':' in own.get('tune', '') else defaults  # a method in a file has settings of its own
         for where, layer in ((f'models: {model}', of_model), (f'tasks: {task}', of_task),
-                             (f'methods: {name}', entry(configs, 'methods', name)), ('--set', changes)):
-            config |= {key: checked(key, value, defaults, where) for key, value in layer.items()}
+                             (f'methods: {name}', own), ('--set', changes)):
+            config |= {key: checked(key, value, known, where) for key, value in layer.items()}
             source |= dict.fromkeys(layer, where)
         config |= {'task': task, 'method': name, 'model': model, 'point': ''}
         config['img_size'] = config['img_size'] or vit.parse_name(model)[2]
@@ -858,7 +885,9 @@ def published(configs, config, column):
 
 
 def entry(configs, section, name):
-    """An entry of configs.yaml by name."""
+    """An entry of configs.yaml by name; that of a method that is a function in a file is its name."""
+    if section == 'methods' and '.py:' in name:
+        return {'tune': name}
     if name not in configs[section]:
         raise InputError(f'unknown {section[:-1]} {name!r}{nearest(name, configs[section])}')
     return configs[section][name]
@@ -891,6 +920,7 @@ TEXT = str.isprintable, 'is a text without line ends and control characters'
 FOLDER = lambda x: x and x.isprintable(), 'is the name of a folder'  # noqa: E731
 WORKERS = lambda x: x == 'auto' or x.isdecimal() and int(x) <= 1024, 'is auto, or a number from 0 to 1024'
 COLOURS = lambda x: len(x) == 3 and all(type(c) in (int, float) and abs(c) < 1e6 for c in x), 'is three numbers, one a colour'
+TUNE = lambda x: x in ('prompts', 'bias', 'head', 'all') or '.py:' in x, 'is one of prompts, bias, head, all, FILE.py:NAME'
 GRID = lambda x: x and all(type(values) is list and values for values in x.values()), 'is a list of values for each setting'
 
 # What a setting has to be, beside of the type of its default: a test, and what it says in words.
@@ -900,7 +930,7 @@ RULES = {
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
     'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4), 'n_shapes': between(1, 6),
     'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6), 'paper_backbone_params': between(0, 1e6),
-    'tune': one_of('prompts', 'bias', 'head', 'all'), 'score_on': one_of('test', 'val'),
+    'tune': TUNE, 'score_on': one_of('test', 'val'),
     'augment': one_of('crop_flip', 'none'), 'optimizer': one_of('SGD', 'AdamW'),
     'save_dtype': one_of('float32', 'float16'), 'structure': one_of(*ivpt.STRUCTURES),
     'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'readout': one_of('cls', 'mean'), 'source': one_of(*data.SOURCES),
@@ -914,7 +944,7 @@ def checked(key, value, defaults, where):
     """A setting's value in the type of its default. Raises InputError if it cannot be one."""
     if key not in defaults:
         raise InputError(f'{where}: unknown setting {key!r}{nearest(str(key), defaults)}')
-    kind, (fits, rule) = type(defaults[key]), RULES[key]
+    kind, (fits, rule) = type(defaults[key]), RULES.get(key, ANY)
     if kind is str and type(value) is int:
         value = str(value)
     if kind is float and type(value) in (int, str):  # YAML takes 1e-3 for a word
