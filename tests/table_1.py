@@ -14,7 +14,6 @@ Formulas, initial values and settings are those of the authors' code, or the pap
 """
 
 from bisect import bisect_right
-from functools import wraps
 from itertools import islice
 
 import torch
@@ -35,16 +34,13 @@ def beside(part, f):
 
 
 class Side(nn.Module):
-    """f(x, p) with numbers p of its own, which are trained, or only kept if they are whole numbers."""
+    """f(x, p), with numbers p of its own that are trained."""
 
-    def __init__(self, f, **numbers):
+    def __init__(self, f, **p):
         super().__init__()
         self.f = f
-        for name, x in numbers.items():
-            if x.is_floating_point():
-                setattr(self, name, x if isinstance(x, nn.Parameter) else nn.Parameter(x))
-            else:
-                self.register_buffer(name, x)
+        for name, x in p.items():
+            setattr(self, name, x if isinstance(x, nn.Parameter) else nn.Parameter(x))
 
     def forward(self, x):
         return self.f(x, self)
@@ -71,9 +67,7 @@ class Layer(nn.Module):
         return self.shortcut2(x) + self.drop(self.mlp(self.norm2(x))), w
 
     def drop(self, y):
-        if not self.training or not self.drop_path:
-            return y
-        return y * y.new_empty(len(y), 1, 1).bernoulli_(1 - self.drop_path) / (1 - self.drop_path)
+        return y * F.dropout(y.new_ones(len(y), 1, 1), self.drop_path, self.training)
 
 
 class Tuned(nn.Module):
@@ -96,7 +90,6 @@ class Tuned(nn.Module):
 
 def in_every_layer(change):
     """The system that changes every layer alike: change(layer, D, s)."""
-    @wraps(change)
     def system(vit, num_classes, s):
         model = Tuned(vit, num_classes, s)
         for layer in vit.blocks:
@@ -109,15 +102,14 @@ def in_every_layer(change):
 def adapter(layer, D, s):
     """Adapter (Houlsby et al., 2019; Pfeiffer et al., 2020): after the MLP y <- y + U gelu(W y + c) + e. Starts as the
     ViT: U = e = 0."""
-    def f(y, p):
-        return y + F.linear(F.gelu(F.linear(y, p.W, p.c)), p.U, p.e)
     r = max(1, D // s.reduction)
-    after(layer.mlp, Side(f, W=uniform(D ** -0.5, r, D), c=torch.zeros(r), U=torch.zeros(D, r), e=torch.zeros(D)))
+    after(layer.mlp, Side(lambda y, p: y + F.linear(F.gelu(F.linear(y, p.W, p.c)), p.U, p.e),
+                          W=uniform(D ** -0.5, r, D), c=torch.zeros(r), U=torch.zeros(D, r), e=torch.zeros(D)))
 
 
 def adapter_vpt(vit, num_classes, s):
-    """Adapter as VPT's code has it, and so Table 1: W = U = 0. gelu(0) = 0 leaves U without a gradient and U = 0 leaves
-    W and c without, for good: of 0.23M numbers e alone is trained, 9,216."""
+    """Adapter in VPT's code, and so in Table 1: W = 0 too. U has no gradient, since gelu(0) = 0, and W and c have none,
+    since U = 0, for good: of 0.23M numbers 9,216, e, are trained."""
     model = adapter(vit, num_classes, s)
     for layer in vit.blocks:
         nn.init.zeros_(layer.mlp.side.W)
@@ -133,17 +125,15 @@ def adaptformer(layer, D, s):
     layer.shortcut2 = Side(f, W=uniform(D ** -0.5, s.r, D), c=torch.zeros(s.r), U=torch.zeros(D, s.r), e=torch.zeros(D))
 
 
-def two_valued(W):
-    """m ± 0.674 σ by the signs of W - m, m and σ being W's mean and standard deviation (0.674: half of |N(0, 1)| is
-    below). The gradient passes the signs as if they were not there."""
-    m, sigma = W.mean(), W.std()
-    w = (W - m) / (sigma + 1e-5)
-    return ((0.6744897502 * w.sign() - w).detach() + w) * sigma + m
-
-
 @in_every_layer
 def bi_adapter(layer, D, s):
-    """Bi-Adapter (Jie et al., 2023): AdaptFormer without biases, its matrices two-valued. U = 0 would have no σ."""
+    """Bi-Adapter (Jie et al., 2023): AdaptFormer without biases, its matrices two-valued: m ± 0.674 σ, of mean m and
+    standard deviation σ. The gradient passes the signs as if they were not there. U starts near 0: 0 has no σ."""
+    def two_valued(W):
+        m, sigma = W.mean(), W.std()
+        w = (W - m) / (sigma + 1e-5)
+        return ((0.6744897502 * w.sign() - w).detach() + w) * sigma + m
+
     def f(x, p):
         h = F.dropout(F.relu(F.linear(x, two_valued(p.W))), s.dropout, p.training)
         return x + s.scale * F.linear(h, two_valued(p.U))
@@ -153,47 +143,40 @@ def bi_adapter(layer, D, s):
 
 @in_every_layer
 def lora(layer, D, s):
-    """LoRA (Hu et al., 2022): y <- y + s B A x at queries, keys and values, which share A. Starts as the ViT: B = 0, which
-    the code that Table 1's row is from (NOAH: Zhang et al., 2022) overwrites when it initialises the ViT."""
-    def f(x, p):
-        return s.scale * (F.dropout(x, s.dropout, p.training) @ p.A.T @ p.B.T)
-    beside(layer.attn.qkv, Side(f, A=uniform(D ** -0.5, s.r, D), B=torch.zeros(3 * D, s.r)))
-
-
-def slices(C, P):
-    return (C @ P).unbind(-1)
+    """LoRA (Hu et al., 2022): y <- y + s B A x for queries, keys and values, which share A. Starts as the ViT: B = 0.
+    Table 1's row is from NOAH's code (Zhang et al., 2022), where the ViT's initial values overwrite this 0."""
+    beside(layer.attn.qkv, Side(lambda x, p: s.scale * (F.dropout(x, s.dropout, p.training) @ p.A.T @ p.B.T),
+                                A=uniform(D ** -0.5, s.r, D), B=torch.zeros(3 * D, s.r)))
 
 
 def fact(vit, num_classes, s):
-    """FacT (Jie and Deng, 2023), Tucker's form: y <- y + s V T_jᵀ U x at each D x D matrix j of the ViT. U, V, C and P
-    are shared, T_j [r, r] is C P's slice j. Starts as the ViT: V = 0. The published numbers are from code that reshapes
-    T [r, r, 4] of fc1 and of fc2 to [r, 4 r], whose four parts mix the slices."""
-    def f(x, p):  # qkv, proj and fc1: one input, one or more D-wide outputs
-        T = slices(p.C, p.P[:, p.j])
-        return s.scale * torch.cat([F.dropout(x @ p.U.T @ t, s.dropout, p.training) @ p.V.T for t in T], dim=-1)
-
-    def f2(x, p):  # fc2: four D-wide inputs
-        z = sum(part @ p.U.T @ t.T for part, t in zip(x.chunk(4, dim=-1), slices(p.C, p.P[:, p.j])))
-        return s.scale * (F.dropout(z, s.dropout, p.training) @ p.V.T)
-
+    """FacT (Jie and Deng, 2023), Tucker's form: y <- y + s V T_jᵀ U x for each D x D matrix j of the ViT, T_j being slice
+    j of C P [r, r, 12 L]. Layers share all. Starts as the ViT: V = 0. The published numbers are from code that reshapes
+    fc1's and fc2's four slices [r, r, 4] to [r, 4 r] and so mixes them."""
+    def f(x, p):
+        T = (p.C @ p.P[:, p.j]).unbind(-1)
+        if x.shape[-1] > D:  # fc2's: four D-wide inputs, one output
+            low = sum(x_j @ p.U.T @ T_j.T for x_j, T_j in zip(x.split(D, dim=-1), T))
+            return s.scale * (F.dropout(low, s.dropout, p.training) @ p.V.T)
+        return s.scale * torch.cat([F.dropout(x @ p.U.T @ T_j, s.dropout, p.training) @ p.V.T for T_j in T], dim=-1)
     model, D, r, n = Tuned(vit, num_classes, s), vit.D, s.r, 12 * vit.L
     U, V = nn.Parameter(uniform(D ** -0.5, r, D)), nn.Parameter(torch.zeros(D, r))
     C, P = nn.Parameter(uniform(3 ** 0.5 / r, r, r, r)), nn.Parameter(uniform((6 / (r + n)) ** 0.5, r, n))
-    for layer, columns in zip(vit.blocks, torch.arange(n).split(12)):
-        parts = layer.attn.qkv, layer.attn.proj, layer.mlp.fc1, layer.mlp.fc2
-        for part, j in zip(parts, columns.split([3, 1, 4, 4])):
-            beside(part, Side(f2 if part is layer.mlp.fc2 else f, U=U, V=V, C=C, P=P, j=j))
+    for l, layer in enumerate(vit.blocks):
+        parts = (layer.attn.qkv, 0, 3), (layer.attn.proj, 3, 4), (layer.mlp.fc1, 4, 8), (layer.mlp.fc2, 8, 12)
+        for part, first, end in parts:
+            beside(part, Side(f, U=U, V=V, C=C, P=P))
+            part.side.j = slice(12 * l + first, 12 * l + end)
     return model
 
 
 def ssf(vit, num_classes, s):
     """SSF (Lian et al., 2022): y <- γ ⊙ y + β after the patch embedding, every linear map and every LayerNorm."""
-    def f(y, p):
-        return p.gamma * y + p.beta
     model = Tuned(vit, num_classes, s)
-    for part in [p for p in vit.modules() if p is vit.patch_embed or isinstance(p, (nn.Linear, nn.LayerNorm))]:
+    for part in [vit.patch_embed, *(part for part in vit.modules() if isinstance(part, (nn.Linear, nn.LayerNorm)))]:
         D = vit.D if part is vit.patch_embed else len(part.bias)
-        after(part, Side(f, gamma=1 + 0.02 * torch.randn(D), beta=0.02 * torch.randn(D)))
+        gamma, beta = 1 + 0.02 * torch.randn(D), 0.02 * torch.randn(D)
+        after(part, Side(lambda y, p: p.gamma * y + p.beta, gamma=gamma, beta=beta))
     return model
 
 
@@ -217,12 +200,12 @@ class SalientChannels(Tuned):
     def prepare(self, batches):
         """Find each layer's I, with the ViT alone: the channels of what enters norm2 with the largest norm over the
         image tokens of all pictures of a class, on average over the classes that there are."""
-        squares = torch.zeros(self.vit.L, self.head.out_features, self.vit.D, device=self.head.weight.device)
+        squares = self.head.weight.new_zeros(self.vit.L, *self.head.weight.shape, dtype=torch.float64)
         for images, labels in batches:
             x = self.vit.embed(images)
             for layer, square in zip(self.vit.blocks, squares):
                 x = x + layer.attn(layer.norm1(x), need_weights=False)[0]
-                square.index_add_(0, labels, x[:, 1:].pow(2).sum(dim=1))
+                square.index_add_(0, labels, x[:, 1:].double().pow(2).sum(dim=1))
                 x = x + layer.mlp(layer.norm2(x))
         for layer, square in zip(self.vit.blocks, squares):
             norms = square[square.any(dim=1)].sqrt().mean(dim=0)  # [D]
@@ -231,32 +214,32 @@ class SalientChannels(Tuned):
 
 def sct(vit, num_classes, s):
     """SCT (Zhao et al., 2023): between MSA and MLP x[I] <- x[I] + s (W x[I] + b), at D / part channels I. The released
-    code has s taken out: s = 1."""
+    code has s taken out, s = 1."""
     def f(x, p):
         return x.index_copy(-1, p.I, x[..., p.I] + s.scale * F.linear(x[..., p.I], p.W, p.b))
     model, K = SalientChannels(vit, num_classes, s), max(1, vit.D // s.part)
     for layer in vit.blocks:
-        W = nn.init.trunc_normal_(torch.empty(K, K), std=0.02)
-        layer.between = Side(f, W=W, b=torch.zeros(K), I=torch.full([K], -1))  # no channel, until `prepare`
+        layer.between = Side(f, W=nn.init.trunc_normal_(torch.empty(K, K), std=0.02), b=torch.zeros(K))
+        layer.between.register_buffer('I', torch.full([K], -1))  # no channel, until `prepare`
     return model
 
 
 class Sensitive(nn.Module):
-    """What SPT adds beside a linear map or a LayerNorm with [W, b] [o, i + 1]: v to its numbers at `at`, and B A to those
-    of its n parts (qkv has three) in `parts`. Nothing at the start."""
+    """What SPT adds beside a linear map or a LayerNorm with [W, b] [o, i + 1]: v at its positions `at`, and B A in those
+    of its n parts (qkv has three) that `parts` names. Nothing at the start."""
 
     def __init__(self, part, s):
         super().__init__()
         self.s, self.norm, self.o, self.i = s, isinstance(part, nn.LayerNorm), len(part.bias), part.weight[0].numel()
         self.n = 3 if self.o == 3 * self.i else 1
-        self.take(*torch.zeros(2, 0, dtype=torch.int64))
+        self.take(*torch.zeros(2, 0, dtype=torch.int64, device=part.weight.device))
 
     def take(self, parts, at):
         self.register_buffer('parts', parts)
         self.register_buffer('at', at)
-        zeros, r = at.new_zeros(0, dtype=torch.float).new_zeros, self.s.r
-        self.v, self.B = nn.Parameter(zeros(len(at))), nn.Parameter(zeros(len(parts), self.o // self.n, r))
-        self.A = nn.Parameter(zeros(len(parts), r, self.i).uniform_(-self.i ** -0.5, self.i ** -0.5))
+        A, B = (len(parts), self.s.r, self.i), (len(parts), self.o // self.n, self.s.r)
+        self.A = nn.Parameter(uniform(self.i ** -0.5, *A).to(at.device))
+        self.B, self.v = (nn.Parameter(torch.zeros(shape, device=at.device)) for shape in (B, len(at)))
 
     def forward(self, x):
         d = self.v.new_zeros(self.o * (self.i + 1)).index_put((self.at,), self.v).view(self.o, -1)
@@ -267,7 +250,7 @@ class Sensitive(nn.Module):
         return F.linear(x, W, b).unflatten(-1, (self.n, -1)).index_add(-2, self.parts, BAx).flatten(-2)
 
     def structure(self, M):
-        """Of sensitive numbers M [o, i + 1]: the parts that get B A, M without them and with whole vectors, the count."""
+        """Of sensitive numbers, a mask M [o, i + 1]: the parts that get B A, what else is trained, how many in all."""
         M, parts, cost = M.clone(), [], self.s.r * (self.i + self.o // self.n)
         for j, rows in enumerate(M.chunk(self.n)):
             if not self.norm and rows[:, :-1].sum() >= cost / self.s.alpha:
@@ -275,9 +258,9 @@ class Sensitive(nn.Module):
                 rows[:, :-1] = False
             for vector in rows.T if self.norm else rows.T[-1:]:
                 vector |= vector.sum() >= len(vector) / self.s.beta
-        return torch.tensor(parts, dtype=torch.int64, device=M.device), M, cost * len(parts) + int(M.sum())
+        return parts, M, cost * len(parts) + int(M.sum())
 
-    def _load_from_state_dict(self, state, prefix, *rest):
+    def _load_from_state_dict(self, state, prefix, *rest):  # the shapes depend on the pictures
         parts, at = (state.get(prefix + name, getattr(self, name)).to(self.at.device) for name in ('parts', 'at'))
         if parts.shape != self.parts.shape or at.shape != self.at.shape:
             self.take(parts, at)
@@ -286,65 +269,55 @@ class Sensitive(nn.Module):
 
 class SPT(Tuned):
     def prepare(self, batches):
-        """Choose what is trained: what follows from as many most sensitive numbers as the budget allows, which is a
-        part of the ViT's parameters. Makes parameters."""
-        sites = [part for part in self.vit.modules() if hasattr(part, 'side')]
-        S = self.sensitivities(sites, batches)
-        order = torch.cat([x.flatten() for x in S]).argsort(descending=True, stable=True)
-
-        def structures(n):
-            M = torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:n], True).split([x.numel() for x in S])
-            return [site.side.structure(m.view(x.shape)) for site, m, x in zip(sites, M, S)]
-
-        def count(n):
-            return self.vit.D + sum(c for *_, c in structures(n))
-        most = self.s.budget * sum(p.numel() for p in self.vit.parameters())
-        n = bisect_right(range(len(order)), most, key=count) - 1
-        for site, (parts, M, _) in zip(sites, structures(max(0, n))):
-            site.side.take(parts, M.flatten().nonzero()[:, 0])
-
-    def sensitivities(self, sites, batches):
-        """Of every number in [W, b] of the sites: the sum over at most 16 batches of its gradient, squared."""
-        W_b = [p.requires_grad_() for site in sites for p in (site.weight, site.bias)]
-        S = [0] * len(sites)
+        """Find the sensitivity S of the loss to each number: its gradient of a batch, squared, summed over 16 batches."""
+        W_b = [p.requires_grad_() for part in self.parts for p in (part.weight, part.bias)]
+        S = [0] * len(self.parts)
         for images, labels in islice(batches, 16):
             grads = torch.autograd.grad(F.cross_entropy(self.eval()(images), labels), W_b)
             S = [x + torch.cat([W.reshape(len(b), -1), b[:, None]], dim=1) ** 2
                  for x, W, b in zip(S, grads[::2], grads[1::2])]
-        for p in W_b:
-            p.requires_grad_(False)
-        return S
+        self.vit.requires_grad_(False).cls_token.requires_grad_()
+        self.choose(S, self.s.budget * sum(p.numel() for p in self.vit.parameters()))
+
+    def choose(self, S, budget):
+        """Choose what is trained: what follows from as many of the most sensitive numbers as the budget allows."""
+        order = torch.cat([x.flatten() for x in S]).argsort(descending=True, stable=True)
+
+        def structures(n):
+            M = torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:n], True).split([x.numel() for x in S])
+            return [part.side.structure(m.view(x.shape)) for part, m, x in zip(self.parts, M, S)]
+
+        def count(n):
+            return self.vit.D + sum(c for *_, c in structures(n))
+        n = bisect_right(range(1, len(order) + 1), budget, key=count)
+        for part, (parts, M, _) in zip(self.parts, structures(n)):
+            part.side.take(torch.tensor(parts, dtype=torch.int64, device=M.device), M.flatten().nonzero()[:, 0])
 
 
 def spt(vit, num_classes, s):
-    """SPT (He et al., 2023) with LoRA: y <- y + v x + B A x, at single weights and whole matrices to which the loss is
-    most sensitive; biases and LayerNorms likewise, and the class token. A matrix gets B A, or a vector is trained as a
-    whole, if 1 / alpha of what B A costs, or 1 / beta of the vector, is sensitive."""
+    """SPT (He et al., 2023) with LoRA: y <- y + v x + B A x. v are the single numbers of [W, b] to which the loss is
+    most sensitive; a matrix in which they are 1 / alpha of B A's size gets B A instead, and a vector of which they are
+    1 / beta is trained as a whole; and so is the class token. Starts as the ViT: B = v = 0."""
     model = SPT(vit, num_classes, s)
+    model.parts = [part for part in vit.modules() if isinstance(part, (nn.Linear, nn.LayerNorm))]
     vit.cls_token.requires_grad_()
-    for part in [part for part in vit.modules() if isinstance(part, (nn.Linear, nn.LayerNorm))]:
+    for part in model.parts:
         beside(part, Sensitive(part, s))
     return model
 
 
-def prompts(vit, N):
-    return uniform((6 / (3 * vit.patch_size ** 2 + vit.D)) ** 0.5, N, vit.D)  # VPT's initial values
-
-
 def e2vpt(vit, num_classes, s):
-    """E2VPT (Han et al., 2023) without its pruning: in every layer N prompts P, as in VPT, and N_kv more keys E behind
-    W_K, which are more values as well."""
-    def P(x, p):
-        return F.dropout(p.P.expand(len(x), -1, -1), s.dropout, p.training)
-
-    def E(qkv, p):
-        E = p.E.transpose(0, 1).flatten(1)  # [N_kv, D]; its queries are 0, and what they get is cut off after proj
+    """E2VPT (Han et al., 2023) without its pruning: N prompts P in every layer, as in VPT, and behind W_K and W_V N_kv
+    more keys and values E, the same for both."""
+    def more(qkv, p):
+        E = p.E.transpose(0, 1).flatten(1)  # [N_kv, D]; its queries are 0, and what they find is cut off after proj
         return torch.cat([qkv, torch.cat([0 * E, E, E], dim=-1).expand(len(qkv), -1, -1)], dim=1)
-    model = Tuned(vit, num_classes, s)
+    model, bound = Tuned(vit, num_classes, s), (6 / (3 * vit.patch_size ** 2 + vit.D)) ** 0.5
     for layer in vit.blocks:
         N_h, d = layer.attn.N_h, vit.D // layer.attn.N_h
-        layer.prompts = Side(P, P=prompts(vit, s.N))
-        after(layer.attn.qkv, Side(E, E=uniform((6 / (s.N_kv * d)) ** 0.5, N_h, s.N_kv, d)))
+        layer.prompts = Side(lambda x, p: F.dropout(p.P.expand(len(x), -1, -1), s.dropout, p.training),
+                             P=uniform(bound, s.N, vit.D))
+        after(layer.attn.qkv, Side(more, E=uniform((6 / (s.N_kv * d)) ** 0.5, N_h, s.N_kv, d)))
         after(layer.attn.proj, lambda y: y[:, :-s.N_kv])
     return model
 
@@ -360,15 +333,13 @@ class GaPT(Tuned):
 
 
 def gapt(vit, num_classes, s):
-    """GaPT (Yoo et al., 2023): prompts are tokens, P <- g 𝒯(P) + (1 - g) P after each layer 𝒯 but the last, g = σ(a);
-    attention is softmax(q kᵀ / (τ sqrt(d))), and τ stays within 0.01 and 10."""
-    def f(qkv, p):
-        with torch.no_grad():  # in place: outside, a clamp in the graph would leave no gradient to come back
-            p.tau.clamp_(0.01, 10)
-        q, kv = qkv.tensor_split([qkv.shape[-1] // 3], dim=-1)
-        return torch.cat([q / p.tau, kv], dim=-1)
-    model = GaPT(vit, num_classes, s)
-    model.P, model.a = nn.Parameter(prompts(vit, s.N)), nn.Parameter(torch.full([vit.L - 1], -float(s.gate)))
+    """GaPT (Yoo et al., 2023): prompts P are tokens, P <- g 𝒯(P) + (1 - g) P after each layer 𝒯 but the last, with gates
+    g = σ(a). Attention is softmax(q kᵀ / (τ sqrt(d))), with τ from 0.01 to 10."""
+    def divide(qkv, p):
+        p.tau.data.clamp_(0.01, 10)  # in place: beyond its limits a clamped τ would get no gradient
+        return torch.cat([qkv[..., :vit.D] / p.tau, qkv[..., vit.D:]], dim=-1)
+    model, bound = GaPT(vit, num_classes, s), (6 / (3 * vit.patch_size ** 2 + vit.D)) ** 0.5
+    model.P, model.a = nn.Parameter(uniform(bound, s.N, vit.D)), nn.Parameter(torch.full([vit.L - 1], -float(s.gate)))
     for layer in vit.blocks:
-        after(layer.attn.qkv, Side(f, tau=torch.ones([])))
+        after(layer.attn.qkv, Side(divide, tau=torch.ones([])))
     return model
