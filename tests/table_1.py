@@ -1,20 +1,19 @@
 """Table 1 on one page: the systems that the paper compares itself with, each on the same frozen ViT.
 
-A system is a function with the name that it has in configs.yaml. It takes the plain ViT without its head, the number
-of classes and the settings s, and returns a module from images [B, 3, H, W] to logits [B, C], in which that is trained
-which requires a gradient. Letters are those of vit.py; x enters a part of the ViT and y leaves it. A system comes in at
+A system is a function of the plain ViT without its head, the number of classes and the settings s. It returns a module
+from images [B, 3, H, W] to logits [B, C]; what requires a gradient in it is trained. A system comes in at these seams
+of the ViT, where x enters a part and y leaves it. The other letters are those of vit.py.
 
     after(part, f)                       y <- f(y)
     beside(part, f)                      y <- y + f(x)
     layer.shortcut1, layer.shortcut2     around MSA, around the MLP: x <- f(x)
     layer.between                        between the two, for branch and shortcut: x <- f(x)
-    layer.prompts                        further tokens for MSA's keys and values: [B, n, D] <- f(x)
+    layer.prompts                        further tokens f(x) [B, n, D] for MSA's keys and values
 
-Formulas, initial values and settings are those of the authors' code, or the paper's where the code differs.
+Formulas, initial values and settings are those of the authors' code, or of their paper where the two differ.
 """
 
 from bisect import bisect_right
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +50,7 @@ def uniform(bound, *shape):
 
 
 class Layer(nn.Module):
-    """A layer of the ViT (vit.Layer) with its seams, and with stochastic depth: in training, each branch of an image
-    is left out with probability drop_path."""
+    """A layer of the ViT with its seams. In training, a branch of an image is left out with probability drop_path."""
 
     def __init__(self, layer, drop_path):
         super().__init__()
@@ -63,11 +61,9 @@ class Layer(nn.Module):
     def forward(self, x, need_weights=True):
         context = [self.norm1(self.prompts(x))] if self.prompts else []
         y, w = self.attn(self.norm1(x), *context, need_weights=need_weights)
-        x = self.between(self.shortcut1(x) + self.drop(y))
-        return self.shortcut2(x) + self.drop(self.mlp(self.norm2(x))), w
-
-    def drop(self, y):
-        return y * F.dropout(y.new_ones(len(y), 1, 1), self.drop_path, self.training)
+        keep1, keep2 = F.dropout(x.new_ones(2, len(x), 1, 1), self.drop_path, self.training)
+        x = self.between(self.shortcut1(x) + keep1 * y)
+        return self.shortcut2(x) + keep2 * self.mlp(self.norm2(x)), w
 
 
 class Tuned(nn.Module):
@@ -76,8 +72,7 @@ class Tuned(nn.Module):
     def __init__(self, vit, num_classes, s):
         super().__init__()
         self.vit, self.s = vit.requires_grad_(False), s
-        vit.blocks = nn.ModuleList(Layer(layer, s.drop_path * l / max(1, vit.L - 1))
-                                   for l, layer in enumerate(vit.blocks))
+        vit.blocks = nn.ModuleList(Layer(x, s.drop_path * l / max(1, vit.L - 1)) for l, x in enumerate(vit.blocks))
         self.head = nn.Linear(vit.D, num_classes)
         init_linear(self.head)
 
@@ -100,20 +95,12 @@ def in_every_layer(change):
 
 @in_every_layer
 def adapter(layer, D, s):
-    """Adapter (Houlsby et al., 2019; Pfeiffer et al., 2020): after the MLP y <- y + U gelu(W y + c) + e. Starts as the
-    ViT: U = e = 0."""
-    r = max(1, D // s.reduction)
+    """Adapter (Houlsby et al., 2019; Pfeiffer et al., 2020): after the MLP y <- y + U gelu(W y + c) + e. At the start,
+    U = e = 0; with `zeros`, as in VPT's code and so in Table 1, W = 0 too. Then gelu(0) = 0 leaves U without a gradient
+    and U = 0 leaves W and c without, for good: of 0.23M numbers 9,216, e, are trained."""
+    r, bound = max(1, D // s.reduction), 0 if s.zeros else D ** -0.5
     after(layer.mlp, Side(lambda y, p: y + F.linear(F.gelu(F.linear(y, p.W, p.c)), p.U, p.e),
-                          W=uniform(D ** -0.5, r, D), c=torch.zeros(r), U=torch.zeros(D, r), e=torch.zeros(D)))
-
-
-def adapter_vpt(vit, num_classes, s):
-    """Adapter in VPT's code, and so in Table 1: W = 0 too. U has no gradient, since gelu(0) = 0, and W and c have none,
-    since U = 0, for good: of 0.23M numbers 9,216, e, are trained."""
-    model = adapter(vit, num_classes, s)
-    for layer in vit.blocks:
-        nn.init.zeros_(layer.mlp.side.W)
-    return model
+                          W=uniform(bound, r, D), c=torch.zeros(r), U=torch.zeros(D, r), e=torch.zeros(D)))
 
 
 @in_every_layer
@@ -143,30 +130,28 @@ def bi_adapter(layer, D, s):
 
 @in_every_layer
 def lora(layer, D, s):
-    """LoRA (Hu et al., 2022): y <- y + s B A x for queries, keys and values, which share A. Starts as the ViT: B = 0.
+    """LoRA (Hu et al., 2022): y <- y + s B A x for queries, keys and values, which share A. B = 0 at the start.
     Table 1's row is from NOAH's code (Zhang et al., 2022), where the ViT's initial values overwrite this 0."""
     beside(layer.attn.qkv, Side(lambda x, p: s.scale * (F.dropout(x, s.dropout, p.training) @ p.A.T @ p.B.T),
                                 A=uniform(D ** -0.5, s.r, D), B=torch.zeros(3 * D, s.r)))
 
 
 def fact(vit, num_classes, s):
-    """FacT (Jie and Deng, 2023), Tucker's form: y <- y + s V T_jᵀ U x for each D x D matrix j of the ViT, T_j being slice
-    j of C P [r, r, 12 L]. Layers share all. Starts as the ViT: V = 0. The published numbers are from code that reshapes
-    fc1's and fc2's four slices [r, r, 4] to [r, 4 r] and so mixes them."""
+    """FacT (Jie and Deng, 2023), Tucker's form: y <- y + s V T_jᵀ U x for each D x D matrix j of the ViT, where T_j is
+    slice j of C P [r, r, 12 L]. V = 0 at the start. The published numbers are from code that reshapes the four slices
+    of fc1 and of fc2, [r, r, 4], to [r, 4 r] and so mixes them."""
     def f(x, p):
         T = (p.C @ p.P[:, p.j]).unbind(-1)
-        if x.shape[-1] > D:  # fc2's: four D-wide inputs, one output
-            low = sum(x_j @ p.U.T @ T_j.T for x_j, T_j in zip(x.split(D, dim=-1), T))
-            return s.scale * (F.dropout(low, s.dropout, p.training) @ p.V.T)
-        return s.scale * torch.cat([F.dropout(x @ p.U.T @ T_j, s.dropout, p.training) @ p.V.T for T_j in T], dim=-1)
+        low = [x_j @ p.U.T for x_j in x.split(D, dim=-1)]  # one, but four of fc2
+        low = [low[0] @ T_j for T_j in T] if len(low) == 1 else [sum(z @ T_j.T for z, T_j in zip(low, T))]
+        return s.scale * torch.cat([F.dropout(z, s.dropout, p.training) @ p.V.T for z in low], dim=-1)
     model, D, r, n = Tuned(vit, num_classes, s), vit.D, s.r, 12 * vit.L
     U, V = nn.Parameter(uniform(D ** -0.5, r, D)), nn.Parameter(torch.zeros(D, r))
     C, P = nn.Parameter(uniform(3 ** 0.5 / r, r, r, r)), nn.Parameter(uniform((6 / (r + n)) ** 0.5, r, n))
     for l, layer in enumerate(vit.blocks):
-        parts = (layer.attn.qkv, 0, 3), (layer.attn.proj, 3, 4), (layer.mlp.fc1, 4, 8), (layer.mlp.fc2, 8, 12)
-        for part, first, end in parts:
+        for part, j, n in (layer.attn.qkv, 0, 3), (layer.attn.proj, 3, 1), (layer.mlp.fc1, 4, 4), (layer.mlp.fc2, 8, 4):
             beside(part, Side(f, U=U, V=V, C=C, P=P))
-            part.side.j = slice(12 * l + first, 12 * l + end)
+            part.side.j = range(12 * l + j, 12 * l + j + n)
     return model
 
 
@@ -189,17 +174,15 @@ def snf(layer, D, s):
         for w, c, u in zip(p.w, p.c, p.u):
             z = z + u * torch.tanh(z @ w + c).unsqueeze(-1)
         return z
-
-    layer.shortcut1, layer.shortcut2 = (
-        Side(f, mu=torch.zeros(D), lam=torch.zeros(D), w=uniform(0.01, s.n, D), c=uniform(0.01, s.n),
-             u=uniform(0.01, s.n, D)) for _ in range(2))
+    layer.shortcut1, layer.shortcut2 = (Side(f, mu=torch.zeros(D), lam=torch.zeros(D), c=uniform(0.01, s.n),
+                                             w=uniform(0.01, s.n, D), u=uniform(0.01, s.n, D)) for _ in range(2))
 
 
 class SalientChannels(Tuned):
     @torch.no_grad()
     def prepare(self, batches):
-        """Find each layer's I, with the ViT alone: the channels of what enters norm2 with the largest norm over the
-        image tokens of all pictures of a class, on average over the classes that there are."""
+        """Find I in the ViT alone: the channels of what enters norm2 with the largest norm over the image tokens of all
+        pictures of a class, as a mean over the classes that there are."""
         squares = self.head.weight.new_zeros(self.vit.L, *self.head.weight.shape, dtype=torch.float64)
         for images, labels in batches:
             x = self.vit.embed(images)
@@ -213,20 +196,18 @@ class SalientChannels(Tuned):
 
 
 def sct(vit, num_classes, s):
-    """SCT (Zhao et al., 2023): between MSA and MLP x[I] <- x[I] + s (W x[I] + b), at D / part channels I. The released
-    code has s taken out, s = 1."""
-    def f(x, p):
-        return x.index_copy(-1, p.I, x[..., p.I] + s.scale * F.linear(x[..., p.I], p.W, p.b))
+    """SCT (Zhao et al., 2023): x[I] <- x[I] + s (W x[I] + b) before the MLP, at D / part channels; released: s = 1."""
     model, K = SalientChannels(vit, num_classes, s), max(1, vit.D // s.part)
     for layer in vit.blocks:
-        layer.between = Side(f, W=nn.init.trunc_normal_(torch.empty(K, K), std=0.02), b=torch.zeros(K))
+        layer.between = Side(lambda x, p: x.index_copy(-1, p.I, x[..., p.I] + s.scale * (x[..., p.I] @ p.W.T + p.b)),
+                             W=nn.init.trunc_normal_(torch.empty(K, K), std=0.02), b=torch.zeros(K))
         layer.between.register_buffer('I', torch.full([K], -1))  # no channel, until `prepare`
     return model
 
 
 class Sensitive(nn.Module):
-    """What SPT adds beside a linear map or a LayerNorm with [W, b] [o, i + 1]: v at its positions `at`, and B A in those
-    of its n parts (qkv has three) that `parts` names. Nothing at the start."""
+    """What SPT adds beside a linear map or a LayerNorm with [W, b] [o, i + 1]: v at its positions `at`, and B A in some
+    of its n parts (qkv has three), `parts`. Nothing at the start."""
 
     def __init__(self, part, s):
         super().__init__()
@@ -237,9 +218,9 @@ class Sensitive(nn.Module):
     def take(self, parts, at):
         self.register_buffer('parts', parts)
         self.register_buffer('at', at)
-        A, B = (len(parts), self.s.r, self.i), (len(parts), self.o // self.n, self.s.r)
-        self.A = nn.Parameter(uniform(self.i ** -0.5, *A).to(at.device))
-        self.B, self.v = (nn.Parameter(torch.zeros(shape, device=at.device)) for shape in (B, len(at)))
+        self.v = nn.Parameter(torch.zeros(len(at), device=at.device))
+        self.A = nn.Parameter(uniform(self.i ** -0.5, len(parts), self.s.r, self.i).to(at.device))
+        self.B = nn.Parameter(torch.zeros(len(parts), self.o // self.n, self.s.r, device=at.device))
 
     def forward(self, x):
         d = self.v.new_zeros(self.o * (self.i + 1)).index_put((self.at,), self.v).view(self.o, -1)
@@ -269,10 +250,10 @@ class Sensitive(nn.Module):
 
 class SPT(Tuned):
     def prepare(self, batches):
-        """Find the sensitivity S of the loss to each number: its gradient of a batch, squared, summed over 16 batches."""
+        """Find S, how sensitive the loss is to each number: the sum over 16 batches of its squared gradient."""
         W_b = [p.requires_grad_() for part in self.parts for p in (part.weight, part.bias)]
         S = [0] * len(self.parts)
-        for images, labels in islice(batches, 16):
+        for (images, labels), _ in zip(batches, range(16)):
             grads = torch.autograd.grad(F.cross_entropy(self.eval()(images), labels), W_b)
             S = [x + torch.cat([W.reshape(len(b), -1), b[:, None]], dim=1) ** 2
                  for x, W, b in zip(S, grads[::2], grads[1::2])]
@@ -281,15 +262,11 @@ class SPT(Tuned):
 
     def choose(self, S, budget):
         """Choose what is trained: what follows from as many of the most sensitive numbers as the budget allows."""
-        order = torch.cat([x.flatten() for x in S]).argsort(descending=True, stable=True)
-
         def structures(n):
             M = torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:n], True).split([x.numel() for x in S])
             return [part.side.structure(m.view(x.shape)) for part, m, x in zip(self.parts, M, S)]
-
-        def count(n):
-            return self.vit.D + sum(c for *_, c in structures(n))
-        n = bisect_right(range(1, len(order) + 1), budget, key=count)
+        order, budget = torch.cat([x.flatten() for x in S]).argsort(descending=True, stable=True), budget - self.vit.D
+        n = bisect_right(range(1, len(order) + 1), budget, key=lambda n: sum(count for *_, count in structures(n)))
         for part, (parts, M, _) in zip(self.parts, structures(n)):
             part.side.take(torch.tensor(parts, dtype=torch.int64, device=M.device), M.flatten().nonzero()[:, 0])
 
@@ -297,7 +274,7 @@ class SPT(Tuned):
 def spt(vit, num_classes, s):
     """SPT (He et al., 2023) with LoRA: y <- y + v x + B A x. v are the single numbers of [W, b] to which the loss is
     most sensitive; a matrix in which they are 1 / alpha of B A's size gets B A instead, and a vector of which they are
-    1 / beta is trained as a whole; and so is the class token. Starts as the ViT: B = v = 0."""
+    1 / beta is trained as a whole; and so is the class token. B = v = 0 at the start."""
     model = SPT(vit, num_classes, s)
     model.parts = [part for part in vit.modules() if isinstance(part, (nn.Linear, nn.LayerNorm))]
     vit.cls_token.requires_grad_()
@@ -309,15 +286,13 @@ def spt(vit, num_classes, s):
 def e2vpt(vit, num_classes, s):
     """E2VPT (Han et al., 2023) without its pruning: N prompts P in every layer, as in VPT, and behind W_K and W_V N_kv
     more keys and values E, the same for both."""
-    def more(qkv, p):
-        E = p.E.transpose(0, 1).flatten(1)  # [N_kv, D]; its queries are 0, and what they find is cut off after proj
-        return torch.cat([qkv, torch.cat([0 * E, E, E], dim=-1).expand(len(qkv), -1, -1)], dim=1)
+    def more(qkv, p):  # their queries are 0, and what these find is cut off after proj
+        return torch.cat([qkv, torch.cat([0 * p.E, p.E, p.E], dim=-1).expand(len(qkv), -1, -1)], dim=1)
     model, bound = Tuned(vit, num_classes, s), (6 / (3 * vit.patch_size ** 2 + vit.D)) ** 0.5
     for layer in vit.blocks:
-        N_h, d = layer.attn.N_h, vit.D // layer.attn.N_h
         layer.prompts = Side(lambda x, p: F.dropout(p.P.expand(len(x), -1, -1), s.dropout, p.training),
                              P=uniform(bound, s.N, vit.D))
-        after(layer.attn.qkv, Side(more, E=uniform((6 / (s.N_kv * d)) ** 0.5, N_h, s.N_kv, d)))
+        after(layer.attn.qkv, Side(more, E=uniform((6 * layer.attn.N_h / (s.N_kv * vit.D)) ** 0.5, s.N_kv, vit.D)))
         after(layer.attn.proj, lambda y: y[:, :-s.N_kv])
     return model
 
@@ -333,8 +308,8 @@ class GaPT(Tuned):
 
 
 def gapt(vit, num_classes, s):
-    """GaPT (Yoo et al., 2023): prompts P are tokens, P <- g 𝒯(P) + (1 - g) P after each layer 𝒯 but the last, with gates
-    g = σ(a). Attention is softmax(q kᵀ / (τ sqrt(d))), with τ from 0.01 to 10."""
+    """GaPT (Yoo et al., 2023): prompts P are tokens, P <- g 𝒯(P) + (1 - g) P after each layer 𝒯 but the last; g = σ(a)
+    are gates. Attention is softmax(q kᵀ / (τ sqrt(d))), with τ from 0.01 to 10."""
     def divide(qkv, p):
         p.tau.data.clamp_(0.01, 10)  # in place: beyond its limits a clamped τ would get no gradient
         return torch.cat([qkv[..., :vit.D] / p.tau, qkv[..., vit.D:]], dim=-1)
