@@ -9,11 +9,15 @@ serve for validation, all test ones), torchvision's data sets where those lists 
 FGVC (Jia et al., 2022), folders of your own, and pictures of shapes, which are drawn.
 """
 
+import hashlib
 import json
 import os
 import re
-import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +25,14 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageOps
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-from vit import InputError
+from vit import InputError, log
 
-# torch's advice to use fewer workers on a small machine: how many is a setting, and the advice costs 6 lines
-warnings.filterwarnings('ignore', message='This DataLoader will create')
+warn = cache(log.warning)  # once, and not every epoch
 
 
 @dataclass
@@ -46,6 +50,26 @@ def load(config):
     """The task that the settings name. Raises InputError if its pictures are not there or not as they
     should be, with what to put where."""
     return SOURCES[config.source](config)
+
+
+def digest(task, config):
+    """What tells a task's pictures from others: count and SHA-256 of the classes, and of the names, sizes in bytes and
+    labels of each set, in order. Names count from the data folder, which may move."""
+    found = {'class names': task.classes}
+    for part in ('train', 'val', 'test'):
+        pictures = getattr(task, part)
+        rows = [(*identity(picture, config.data), label) for picture, label in getattr(pictures, 'samples', pictures)]
+        found |= {f'{part} {what}': [row[i] for row in rows] for i, what in enumerate(('names', 'sizes', 'labels'))}
+    return {name: f'{len(x)} {hashlib.sha256(repr(x).encode()).hexdigest()[:12]}' for name, x in found.items()}
+
+
+def identity(picture, folder):
+    """Name and size in bytes of the picture of a sample; one in memory is named by its own SHA-256."""
+    if isinstance(picture, torch.Tensor):
+        return hashlib.sha256(picture.numpy()).hexdigest(), picture.nbytes
+    if isinstance(picture, Place):
+        return str(picture), 0
+    return os.path.relpath(picture, folder), os.path.getsize(picture)
 
 
 # ---- Pictures in files ----------------------------------------------------------------------------------
@@ -86,12 +110,21 @@ def read_image(path, size):
     """The image file at path, or the image of a Place, upright and in RGB, resized: uint8 [3, H, W]."""
     try:
         with path.pictures[path.index][0] if isinstance(path, Place) else Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert('RGB')
+            image = eight_bits(ImageOps.exif_transpose(image), image.format).convert('RGB')
         if max(image.size) > 100 * min(image.size):
             raise ValueError(f'{image.width} x {image.height} pixels are a line and no picture')
+        return pil_to_tensor(resize(image, size))
     except Exception as error:  # Pillow raises what its many decoders raise
         raise InputError(f'{path}: not an image that can be decoded ({error}); replace the file') from None
-    return pil_to_tensor(resize(image, size))
+
+
+def eight_bits(image, format):
+    """Grey levels of 16 bits in 8; convert('RGB') would clip them to black and white. Raises ValueError for 32 bits."""
+    if image.mode.startswith('I;16') or (image.mode, format) == ('I', 'PNG'):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ('I', 'F'):
+        raise ValueError('grey levels of 32 bits, whose range is not known: save it with 8 or 16')
+    return image
 
 
 def resized(config):
@@ -102,28 +135,54 @@ def resized(config):
     return round(config.img_size * 256 / 224)
 
 
+DECODED = set()  # files that `in_memory` has found whole and left where they are
+
+
 def in_memory(pictures, config, device):
-    """Decode all pictures once, if they fit into `cache_gb` as uint8, to be cropped and flipped on the device; else
-    leave them in their files."""
-    pixels = config.img_size ** 2 if config.augment == 'none' else 4 / 3 * resized(config) ** 2  # most are 4:3
-    if isinstance(pictures, list) or len(pictures) * 3 * pixels > config.cache_gb * 1e9:
+    """Decode all pictures once, before training, so that a broken one does not end a run after hours: it raises
+    InputError with its name. They are kept as uint8, to be cropped and flipped on the device, if they fit into
+    `cache_gb`; on a GPU they take half of what is free, or stay on the CPU. Others stay in their files."""
+    if isinstance(pictures, list):
         return pictures
-    loader = DataLoader(pictures, batch_size=None, num_workers=config.workers)
-    return [(image.to(device, copy=True), label) for image, label in loader]  # copy: out of the workers' shared memory
+    pixels = config.img_size ** 2 if config.augment == 'none' else 4 / 3 * resized(config) ** 2  # most are 4:3
+    if len(pictures) * 3 * pixels <= config.cache_gb * 1e9:
+        kept = list(decoded(pictures.__getitem__, range(len(pictures)), workers_of(config)))
+        if device.type == 'cuda' and sum(x.nbytes for x, _ in kept) > torch.cuda.mem_get_info(device)[0] / 2:
+            return kept
+        return [(image.to(device), label) for image, label in kept]
+    samples = [sample for part in getattr(pictures, 'datasets', [pictures]) for sample in part.samples]
+    new = [(path, -1) for path, _ in samples if not isinstance(path, Place) and path not in DECODED]
+    for _ in decoded(Files(new, (1, 1)).__getitem__, range(len(new)), workers_of(config)):
+        pass
+    DECODED.update(path for path, _ in new)  # many runs on one task look at it once
+    return pictures
 
 
-DECODED = set()  # files that `check` has found whole
+def workers_of(config):
+    """How many threads decode: `workers`; for 'auto' one for each CPU of this process, at most 8."""
+    if config.workers != 'auto':
+        return int(config.workers)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, min(8, cpus) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 
-def check(pictures, config):
-    """Decode each file once, before training, so that a broken one does not end a run after hours: it raises
-    InputError with its name. What was decoded is remembered: many runs on one task check it once."""
-    for part in pictures.datasets if isinstance(pictures, ConcatDataset) else [pictures]:
-        samples = [] if isinstance(part, list) else part.samples
-        new = [(path, label) for path, label in samples if not isinstance(path, Place) and path not in DECODED]
-        for _ in DataLoader(Files(new, (1, 1)), 64, num_workers=config.workers if new else 0):
-            pass
-        DECODED.update(path for path, _ in new)
+def decoded(work, requests, workers):
+    """Yield work(request) for each request, in order, done ahead by threads: Pillow decodes without Python's lock, and
+    threads need no shared memory and no open files, of which a container has few, and none can be killed alone. Where
+    none can be started, all is done here."""
+    pool, waiting, rest = ThreadPoolExecutor(workers or 1), deque(), iter(requests)
+    try:
+        waiting.extend(pool.submit(work, request) for request in islice(rest, 2 * workers))
+    except RuntimeError as error:
+        warn(f'{error}: images are decoded one by one, as with --set workers=0')
+        waiting, rest = deque(), iter(requests)
+    try:
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(work, request) for request in islice(rest, 1))
+        yield from map(work, rest)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---- VTAB-1k: 19 tasks ----------------------------------------------------------------------------------
@@ -148,21 +207,21 @@ def read_list(path, classes):
     Raises InputError with the file and the line if a line has no class id below `classes`, or names a
     file outside of the folder."""
     try:
-        with open(path, encoding='utf-8') as file:
-            lines = list(file)
+        with open(path, encoding='utf-8-sig') as file:
+            text = file.read().rstrip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f'{path}: not a readable list of images ({error})') from None
+    if not text:
+        raise InputError(f'{path}: the list is empty')
     samples = []
-    for number, line in enumerate(lines, start=1):
-        match = re.fullmatch(r'(.+) ([0-9]{1,9})\s*', line)
+    for number, line in enumerate(text.split('\n'), start=1):
+        match = re.fullmatch(r'(.*[^ \t])[ \t]+([0-9]{1,9})\s*', line)
         if not match:
             raise InputError(f'{path}, line {number}: expected "FILE CLASS", not {line[:80]!r}')
         name, label = match[1], int(match[2])
         if label >= classes:
             raise InputError(f'{path}, line {number}: class {label} of {classes}; ids count from 0')
         samples.append((inside(path.parent, name, f'{path}, line {number}'), label))
-    if not samples:
-        raise InputError(f'{path}: the list is empty')
     return samples
 
 
@@ -301,7 +360,7 @@ def fgvc(config):
 def read_json(path, folder):
     """Samples of a JSON object from file name, relative to the folder, to class id."""
     try:
-        pairs = json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=tuple)  # a dict would drop some
+        pairs = json.loads(path.read_text(encoding='utf-8-sig'), object_pairs_hook=tuple)  # a dict would drop some
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f'{path}: not a readable JSON list of images ({error})') from None
     if type(pairs) is not tuple or not pairs:
@@ -322,33 +381,48 @@ def read_json(path, folder):
 def folders(config):
     """Images of your own: train/CLASS/*, test/CLASS/* and, if it is there, val/CLASS/* in the data folder.
     Without val/, a fifth of train takes its place, always the same one."""
-    root, note = Path(config.data), f'images in {config.data}'
-    train, classes = read_folder(root / 'train')
-    test, val = read_folder(root / 'test', classes)[0], None
+    root, notes = Path(config.data), [f'images in {config.data}']
+    train, classes = read_folder(root / 'train', notes)
+    test, val = read_folder(root / 'test', notes, classes)[0], None
     if config.classes not in (0, len(classes)):
         raise InputError(f'{root / "train"}: {len(classes)} classes, and not {config.classes}')
     if (root / 'val').is_dir():
-        val = read_folder(root / 'val', classes)[0]
+        val = read_folder(root / 'val', notes, classes)[0]
     else:
         train = shuffled(train)
         val, train = train[:len(train) // 5], train[len(train) // 5:]
-        note += f'; there is no val/: {len(val)} of the training images, drawn by us, are for validation'
-    return Task(*(Files(samples, resized(config)) for samples in (train, val, test)), classes, [note])
+        notes[0] += f'; there is no val/: {len(val)} of the training images, drawn by us, are for validation'
+    if missing := sorted(set(range(len(classes))) - {label for _, label in test}):
+        notes.append(f'{len(missing)} of {len(classes)} classes have no test image, as {classes[missing[0]]}')
+    return Task(*(Files(samples, resized(config)) for samples in (train, val, test)), classes, notes)
 
 
-def read_folder(path, classes=None):
+HIDDEN = re.compile(r'(^|[/\\])(\.|__)')  # in a path, what starts with . or __: .ipynb_checkpoints, __MACOSX, ._a.jpg
+
+
+def read_folder(path, notes, classes=None):
     """Samples of a folder with a folder of images for each class, and the classes. With `classes`, ids are
-    places in these, and another one raises InputError."""
+    places in these, and another one raises InputError. Files that are no images for torchvision are noted."""
+    others = []
+
+    def is_image(file):
+        shown, image = not HIDDEN.search(os.path.relpath(file, path)), file.lower().endswith(IMG_EXTENSIONS)
+        others.extend([file] * (shown and not image))
+        return shown and image
+
     try:
-        found = ImageFolder(path)
+        names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not HIDDEN.match(entry.name))
+        samples = make_dataset(path, {name: i for i, name in enumerate(names)}, is_valid_file=is_image)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f'{path}: no folder of images by class ({error}); it should hold CLASS/*.jpg') from None
-    if len({os.path.realpath(file) for file, _ in found.samples}) < len(found.samples):
+    if len({os.path.realpath(file) for file, _ in samples}) < len(samples):
         raise InputError(f'{path}: a file is there twice by way of a link; is there a link that leads back?')
-    classes = found.classes if classes is None else classes
-    if unknown := sorted(set(found.classes) - set(classes)):
+    if others:
+        notes.append(f'{len(others)} files in {path} are left out, no images for torchvision: {others[0]}')
+    classes = names if classes is None else classes
+    if unknown := sorted(set(names) - set(classes)):
         raise InputError(f'{path / unknown[0]}: no such class in {path.parent / "train"}')
-    return [(file, classes.index(found.classes[label])) for file, label in found.samples], classes
+    return [(file, classes.index(names[label])) for file, label in samples], classes
 
 
 # ---- Pictures of shapes: a world that needs no download -------------------------------------------------
@@ -369,17 +443,17 @@ def shapes(config):
         raise InputError(f'ask={config.ask}: with n_shapes={config.n_shapes} one of {", ".join(known)}')
     sets = []
     for seed, n in enumerate((config.n_train, config.n_val, config.n_test)):
-        images, labels = draw_shapes(n, config.ask, config.n_shapes, config.noise, config.img_size,
+        images, labels = draw_shapes(n, config.ask, config.n_shapes, config.grain, config.img_size,
                                      (seed, config.ask == 'frame'))
         sets.append(list(zip(torch.from_numpy(images), labels.tolist())))
     return Task(*sets, CELLS, [f'pictures of shapes, generated; the question: where is {config.ask}?'])
 
 
-def draw_shapes(n, ask, n_shapes=4, noise=8, size=48, seed=0):
+def draw_shapes(n, ask, n_shapes=4, grain=8, size=48, seed=0):
     """n pictures, uint8 [n, 3, size, size], and the cell of the shape that is asked for, int [n].
 
     Each picture has n_shapes shapes, in the first n_shapes colours.
-    noise: standard deviation, in grey levels of 256."""
+    grain: standard deviation of the noise of each pixel, in grey levels of 256."""
     rng = np.random.default_rng(seed)
     cell = rng.permuted(np.tile(np.arange(9), (n, 1)), axis=1)[:, :n_shapes]  # [n, n_shapes], all different
     kind = rng.integers(3, size=cell.shape)  # disc, square or diamond
@@ -400,7 +474,7 @@ def draw_shapes(n, ask, n_shapes=4, noise=8, size=48, seed=0):
             canvas += covered * (colour[:, None, None] - canvas)
         if ask == 'frame':
             canvas[:, :, frame] = rgb[asked[part], :, None]
-        canvas += noise * rng.standard_normal(canvas.shape, dtype=np.float32)
+        canvas += grain * rng.standard_normal(canvas.shape, dtype=np.float32)
         images[part] = canvas.clip(0, 255)
     return images, cell[np.arange(n), asked]
 
@@ -427,24 +501,33 @@ def batches(pictures, config, device, epoch=None):
     epoch alone. Without: in order, the middle of each picture, as for a test."""
     generator = torch.Generator().manual_seed(1_000_003 * config.seed + (epoch or 0))
     order = range(len(pictures)) if epoch is None else torch.randperm(len(pictures), generator=generator).tolist()
-    loader = DataLoader(pictures, config.batch, sampler=order, collate_fn=list, generator=generator,
-                        num_workers=0 if isinstance(pictures, list) else config.workers)
+    draws = torch.rand(2 + 3 * len(order), generator=generator)[2:].view(-1, 3)  # the first two were another's once
     mean, std = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (config.mean, config.std))
-    for items in loader:
+
+    def crops(start):
+        batch = slice(start, start + config.batch)
+        images, labels = zip(*(pictures[i] for i in order[batch]))
         if epoch is None or config.augment == 'none':
-            images = torch.stack([center_crop(image, config.img_size) for image, _ in items]).to(device)
-        else:
-            images = augment([image for image, _ in items], config, generator).to(device)
-        yield (images - mean) / std, torch.tensor([label for _, label in items], device=device)
+            return torch.stack([center_crop(image, config.img_size) for image in images]), torch.tensor(labels)
+        return augment(images, config.img_size, draws[batch]), torch.tensor(labels)
+
+    workers = 0 if isinstance(pictures, list) else workers_of(config)
+    for images, labels in decoded(crops, range(0, len(order), config.batch), workers):
+        yield (send(images, device) - mean) / std, send(labels, device)
 
 
-def augment(images, config, generator):
-    """A random window of each image, half of them flipped: [3, H, W] each -> uint8 [B, 3, size, size]."""
-    size, windows = config.img_size, []
-    draws = torch.rand(len(images), 3, generator=generator)
+def augment(images, size, draws):
+    """A window of each image [3, H, W], flipped or not, by random numbers [B, 3] from 0 to 1: uint8 [B, 3, size, size]."""
+    windows = []
     for image, (top, left, _) in zip(images, draws.tolist()):
         i, j = int(top * (image.shape[1] - size + 1)), int(left * (image.shape[2] - size + 1))
         windows.append(image[:, i:i + size, j:j + size])
     windows = torch.stack(windows)
-    flipped = draws[:, 2].lt(0.5).to(windows.device)
+    flipped = send(draws[:, 2].lt(0.5), windows.device)
     return torch.where(flipped[:, None, None, None], windows.flip(-1), windows)
+
+
+def send(x, device):
+    """A tensor on the device: to a GPU from pinned memory, so that the CPU need not wait."""
+    pinned = device.type == 'cuda' and x.device.type == 'cpu'
+    return (x.pin_memory() if pinned else x).to(device, non_blocking=pinned)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import InputError, init_linear
+from vit import InputError, attend, init_linear
 
 # ---- 3.3 Cross-layer dynamic connection -----------------------------------------------------------------
 
@@ -96,8 +96,8 @@ def all_tokens(w):
 
 
 def add_last(x, P):
-    """Add prompts P [N, D] to the last N of the tokens x [B, T, D], where P̂ stands. The others stay."""
-    return x + F.pad(P, (0, 0, x.shape[1] - len(P), 0))
+    """Add prompts P [N, D] to the last N of the tokens x [B, T, D], where P̂ stands, in x's format. The others stay."""
+    return x + F.pad(P.to(x.dtype), (0, 0, x.shape[1] - len(P), 0))
 
 
 class Express(nn.Module):
@@ -117,7 +117,7 @@ class Express(nn.Module):
         """A layer (vit.Layer), written out, for [z_cls, Z, P̂], [B, T, D]; returns what the layer does."""
         x = add_last(layer.norm1(tokens), self.norm1)
         q, k, v = layer.attn.split(add_last(layer.attn.qkv(x), self.qkv))  # [B, N_h, T, d]
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, T, D]
+        attended = attend(q, k, v).transpose(1, 2).flatten(2)  # [B, T, D]
         tokens = tokens + add_last(layer.attn.proj(attended), self.proj)
         w = layer.attn.first_row(q, k) if need_weights else None
         return tokens + layer.mlp(layer.norm2(tokens)), w
@@ -133,7 +133,7 @@ REINFORCEMENTS = ('topk', 'all', 'none')  # Table 4
 class IVPT(nn.Module):
     """A frozen ViT that is tuned by prompts: images [B, 3, H, W] -> logits [B, C].
 
-    N: prompts a layer. k: image tokens that AR reinforces.
+    N: prompts a layer. k: image tokens that AR reinforces; 0 is no AR (Figure 5).
     structure: what enters layer l as P̂^l, with its letter in Figure 3. 𝒯(P̂) is what a layer puts out at the
     prompts' places; there images have a part in P̂. The shape of P, and how many parameters there are:
 
@@ -183,10 +183,12 @@ class IVPT(nn.Module):
             raise InputError(f"aggregation is a part of structure 'cdc' and not of {structure!r}: turn it off")
         if reinforcement not in REINFORCEMENTS:
             raise InputError(f'unknown reinforcement {reinforcement!r}: one of {", ".join(REINFORCEMENTS)}')
+        if reinforcement == 'topk' and k == 0:
+            reinforcement = 'none'
         if reinforcement != 'none' and structure in INHERITED:
             raise InputError(f'reinforcement is not made for the inherited prompts of {structure!r}: turn it off')
-        if reinforcement == 'topk' and not 1 <= k <= vit.M:
-            raise InputError(f'AR can reinforce 1 to M={vit.M} of the image tokens, not k={k}')
+        if reinforcement == 'topk' and not 0 <= k <= vit.M:
+            raise InputError(f'AR can reinforce 0 to M={vit.M} of the image tokens, not k={k}')
         self.vit = vit.requires_grad_(False)
         self.M, self.k, self.structure, self.reinforcement = vit.M, k, structure, reinforcement
         L, D = vit.L, vit.D
@@ -221,11 +223,11 @@ class IVPT(nn.Module):
         """Logits [B, C] of images [B, 3, H, W].
 
         Prompts act through keys and values alone, since Eq. 3 throws away what a layer puts out at their
-        places. Nobody reads the image tokens that the last layer puts out either: there the class token
-        asks, and all others are context. The tests hold both against the literal concatenation.
+        places. The last layer computes what its `readout` needs (vit.ViT). The tests hold both against the
+        literal concatenation.
         """
         if self.structure in INHERITED:
-            return self.head(self.vit.norm(self.inherit(images)))
+            return self.head(self.vit.read(self.inherit(images)))
         P_hat = self.prompts().unbind()  # L of [N, D]
         tokens = self.vit.embed(images)  # [z_cls, Z], [B, 1 + M, D]
         for l, layer in enumerate(self.vit.blocks[:-1]):
@@ -234,13 +236,11 @@ class IVPT(nn.Module):
                 w_Z = w[:, 1:1 + self.M]  # among the image tokens
                 Omega = top_k(w_Z, self.k) if self.reinforcement == 'topk' else all_tokens(w_Z)  # Eq. 14
                 tokens = reinforce_(tokens, 1 + Omega, self.P_re[l])  # Eq. 15, z_cls stands at 0
-        z_cls, Z = tokens.split([1, self.M], dim=1)
-        z_cls, _ = self.vit.blocks[-1](z_cls, Z, P_hat[-1])  # Eq. 3
-        return self.head(self.vit.norm(z_cls.squeeze(1)))
+        return self.head(self.vit.read(self.vit.last(tokens, P_hat[-1])))  # Eq. 3
 
     def inherit(self, images):
-        """The last layer's z_cls [B, D] where prompts are inherited: P̂ are the last N tokens, [z_cls, Z, P̂],
-        and take the way of all tokens through the layers."""
+        """The last layer's tokens, for `ViT.read`, where prompts are inherited: P̂ are the last N tokens,
+        [z_cls, Z, P̂], and take the way of all tokens through the layers."""
         tokens = self.vit.embed(images)
         tokens = torch.cat([tokens, self.P[0].expand(len(tokens), -1, -1)], dim=1)  # [B, 1 + M + N, D]
         for l, layer in enumerate(self.vit.blocks):
@@ -251,8 +251,8 @@ class IVPT(nn.Module):
             elif l + 1 < len(self.vit.blocks):
                 tokens, _ = layer(tokens, need_weights=False)
             else:
-                tokens, _ = layer(tokens[:, :1], tokens[:, 1:])  # only z_cls is read
-        return tokens[:, 0]
+                tokens = self.vit.last(tokens)
+        return tokens
 
 
 @torch.no_grad()

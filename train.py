@@ -8,10 +8,15 @@
     python train.py --show --method vpt,ivpt        draw where their class tokens look
     python train.py --task pets --image cat.jpg     what a trained run takes a photo for
 
-All settings are in configs.yaml. Results go to runs/TASK/METHOD/seedS/: log.jsonl (a line an epoch), params.pth
+All settings are in configs.yaml. Results go to runs/TASK/MODEL/METHOD/seedS/: log.jsonl (a line an epoch), params.pth
 (what was trained, without the backbone), result.json (with the settings), and the last two epochs' checkpoints.
 The same command again goes on where a run was interrupted, and does not repeat what is finished.
 """
+
+import signal
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
 
 import argparse
 import difflib
@@ -21,7 +26,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -90,11 +94,21 @@ def schedule(step, steps, warmup):
 
 
 def make_optimizer(model, config):
-    """SGD with momentum (4.1), or AdamW for training from random weights, of all that requires a gradient."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """SGD with momentum (4.1), or AdamW (full fine-tuning), of all that requires a gradient."""
+    groups = [{'params': []}, {'params': [], 'weight_decay': 0.0}]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[not decays(name, config)]['params'].append(p)
+    groups = [group for group in groups if group['params']]
     if config.optimizer == 'SGD':
-        return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(groups, config.lr, config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
+
+
+def decays(name, config):
+    """Whether weight decay pulls a parameter to 0. As in VPT's code it leaves the head's bias alone, and with AdamW
+    every bias. γ is left alone too: it starts as the identity, and decay would take CDC's connection away."""
+    return not (name in ('head.bias', 'gamma') or config.optimizer == 'AdamW' and name.endswith('bias'))
 
 
 def autocast(device, config):
@@ -124,10 +138,14 @@ def accuracy(model, pictures, config, device, noise=0.0):
 def make_model(config, classes):
     """The backbone with its weights and what the method tunes; the rest requires no gradient."""
     torch.manual_seed(config.seed)
-    whole, weights = config.tune != 'prompts', config.weights or None
-    if weights and not Path(weights).exists() and (HERE / weights).exists():
+    whole, weights = config.tune != 'prompts', config.weights
+    if not weights:
+        raise InputError(f'{config.model} has no weights of its own: name a file with --weights FILE, or ask for random '
+                         'values with --weights random')
+    if not Path(weights).exists() and (HERE / weights).exists():
         weights = HERE / weights  # comes with this project
-    model = vit.build(config.model, weights, classes if whole else 0, config.img_size)
+    model = vit.build(config.model, None if weights == 'random' else weights, classes if whole else 0, config.img_size,
+                      config.readout)
     if not whole:
         return ivpt.IVPT(model, classes, config.N, config.k, config.structure, config.aggregation,
                          config.reinforcement)
@@ -152,66 +170,100 @@ def trained(model):
 def run(config, again=False):
     """Train and test one method on one task with one seed, write the run's folder, return the result.
 
-    What an earlier process finished is not run again, and where it was interrupted it goes on, unless `again`."""
-    folder = folder_of(config)
-    if not again and (result := read_result(folder)):
-        same_settings(result['config'], config, folder)
-        say(f'{folder}: finished before, {100 * result["accuracy"]:.2f}%; --again runs it again')
-        return result
-    device = find_device()
+    What an earlier process finished is not run again, and where it was interrupted it goes on. With `again` it is
+    made anew in a folder within its own, and takes the old one's place when it has ended."""
+    folder, device = folder_of(config), find_device()
+    take_place(folder)
     task = data.load(config)
     model = make_model(config, len(task.classes)).to(device)
+    identify(config, task, model)
+    if not again and (result := read_result(folder)):
+        same_settings(result['config'], config, folder)
+        restore_params(folder, result, config)
+        say(f'{folder}: finished before, {100 * result["accuracy"]:.2f}%; --again runs it again')
+        return result
+    place = folder / AGAIN if again and folder.exists() else folder
     optimizer = make_optimizer(model, config)
-    learn, score = (task.train + task.val, task.test) if config.score_on == 'test' else (task.train, task.val)
-    if not len(learn) or not len(score):
-        raise InputError(f'{len(learn)} images to train on and {len(score)} of {config.score_on} to score: look at '
-                         'n_train and n_val, and at the lists of the data set')
     header(config, task, model, device)
-    records = [] if again else resume(folder, model, optimizer, config, device)
-    live(f'decoding {len(learn)} + {len(score)} images')
-    learn = data.in_memory(learn, config, device)
-    for pictures in (learn, score):
-        data.check(pictures, config)
-    if again:
-        start_over(folder)
+    records = resume(place, model, optimizer, config, device)
+    learn, score = decoded(config, task, device)
+    write_log(place, records)  # what cannot be written is found out before the first epoch
     try:
         for record in train(model, optimizer, learn, config, device, len(records)):
             records.append(record)
-            save(folder, model, optimizer, records, config, device)
+            save(place, model, optimizer, records, config, device)
             left = sum(r['seconds'] for r in records) / len(records) * (config.epochs - len(records))
             say('epoch {epoch:3d}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  {images_per_second:.0f} images/s  '
                 '{left} left'.format(**record, epochs=config.epochs, left=clock(left)))
-        return finish(model, score, task.classes, config, records, device)
+        result = finish(place, model, score, task, config, records, device)
     except FloatingPointError as error:
-        raise Diverged(f'{error}. {kept(folder, records)}. Lower the learning rate: '
+        raise Diverged(f'{error}. {kept(place, records)}. Lower the learning rate: '
                        f'--set lr={config.lr / 4:g}') from None
     except KeyboardInterrupt as stop:
         where = f'in epoch {len(records) + 1} of {config.epochs}' if len(records) < config.epochs else 'while testing'
-        stop.where = f'{where}. {kept(folder, records)}; the same command goes on from there'
+        stop.where = f'{where}. {kept(place, records)}; the same command goes on from there'
         raise
+    take_place(folder)
+    return result
 
 
 class Diverged(InputError):
     """The learning rate is too high."""
 
 
-def finish(model, score, classes, config, records, device):
+def identify(config, task, model):
+    """Add to the settings what a run belongs to beside them: digests of its pictures and of its backbone as loaded."""
+    vars(config).update(data.digest(task, config), backbone=backbone_digest(model))
+
+
+def backbone_digest(model):
+    """SHA-256 of the backbone, its first digits. A head is not part of it."""
+    found = hashlib.sha256()
+    for name, x in getattr(model, 'vit', model).state_dict().items():
+        if not name.startswith('head.'):
+            found.update(name.encode() + x.cpu().numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def decoded(config, task, device):
+    """The pictures to train on and those to score, decoded once: in memory where they fit, and none of them broken."""
+    learn, score = (task.train + task.val, task.test) if config.score_on == 'test' else (task.train, task.val)
+    if not len(learn) or not len(score):
+        raise InputError(f'{len(learn)} images to train on and {len(score)} of {config.score_on} to score: look at '
+                         'n_train and n_val, and at the lists of the data set')
+    live(f'decoding {len(learn)} + {len(score)} images')
+    return data.in_memory(learn, config, device), data.in_memory(score, config, torch.device('cpu'))
+
+
+def packed(tensors, config):
+    """The bytes of params.pth: what was trained, in the number format that is asked for."""
+    file = io.BytesIO()
+    torch.save({name: x.to('cpu', getattr(torch, config.save_dtype)) for name, x in tensors.items()}, file)
+    return file.getvalue()
+
+
+def finish(folder, model, score, task, config, records, device):
     """Score the model as the last epoch left it; print, write and return the result."""
-    folder = folder_of(config)
-    params = io.BytesIO()
-    torch.save({name: p.to('cpu', getattr(torch, config.save_dtype)) for name, p in trained(model).items()}, params)
-    result = {'task': config.task, 'method': config.method, 'seed': config.seed, 'score_on': config.score_on,
-              'accuracy': accuracy(model, score, config, device), 'images': len(score),
-              'trained_parameters': sum(p.numel() for p in trained(model).values()),
-              'final_loss': records[-1]['loss'], 'seconds': sum(record['seconds'] for record in records),
-              'classes': classes, 'config': vars(config), 'params_digest': digest(params.getvalue()),
-              **environment(device)}
-    write(folder / 'params.pth', params.getvalue())
+    params, loss, guess = packed(trained(model), config), records[-1]['loss'], math.log(len(task.classes))
+    result = {'task': config.task, 'model': config.model, 'method': config.method, 'seed': config.seed,
+              'score_on': config.score_on, 'accuracy': accuracy(model, score, config, device), 'images': len(score),
+              'trained_parameters': sum(p.numel() for p in trained(model).values()), 'final_loss': loss,
+              'seconds': sum(record['seconds'] for record in records), 'classes': task.classes,
+              'config': vars(config), 'params_digest': digest(params), **environment(device)}
+    write(folder / 'params.pth', params)
     write_result(folder, result)
     paper = config.paper_accuracy if config.score_on == 'test' else 0
     say(f'{config.score_on} accuracy after the last epoch: {100 * result["accuracy"]:.2f}% of {len(score)} images'
-        f'{f"; the paper: {paper}%" if paper else ""}. {folder}\n')
+        f'{f"; the paper: {paper}%" if paper else ""}{is_random(vars(config))}. {folder}\n')
+    if loss > guess:
+        say(f'{folder} has learned nothing: its last loss, {loss:.3g}, is above that of a guess, ln C = {guess:.3g}. '
+            f'Lower the learning rate: --set lr={config.lr / 4:g}')
     return result
+
+
+def is_random(config):
+    """What is added to every line about a run whose backbone knows nothing. config: its settings as a dict."""
+    return ', random weights' if config['weights'] == 'random' else ''
 
 
 def environment(device):
@@ -238,7 +290,8 @@ def header(config, task, model, device):
     for note in task.notes:
         say(f'          {note}')
     say(f'backbone  {config.model} at {config.img_size} pixels, {frozen / 1e6:.2f}M parameters in all'
-        f'{table_18}, weights {config.weights or "random"}')
+        f'{table_18}, weights {config.weights} ({config.backbone})')
+    say(f'pixels    {config.normalisation}')
     say(f'method    {config.method}, seed {config.seed}: {count / 1e6:.3f}M trained ({sizes}){paper}')
     say('device    {device}{bf16}, {threads} threads, torch {torch}, torchvision {torchvision}'.format(
         **environment(device), bf16=' in bfloat16' if config.bf16 and device.type == 'cuda' else ''))
@@ -263,13 +316,15 @@ def say(line):
 # ---- The files of a run: whole at every moment, and found out if they are not -----------------------------
 
 CHECKPOINTS = ('checkpoint-0.pth', 'checkpoint-1.pth')  # after an even and an odd number of epochs
-FREE = {'data', 'runs', 'point', 'workers', 'cache_gb', 'grid', 'paper_accuracy', 'paper_params',
-        'paper_backbone_params'}  # settings that change no number of a run
+NAMES = (*CHECKPOINTS, 'log.jsonl', 'params.pth', 'result.json')
+FREE = {'data', 'weights', 'runs', 'point', 'workers', 'cache_gb', 'grid', 'normalisation', 'paper_accuracy',
+        'paper_params', 'paper_backbone_params'}  # settings that change no number of a run; paths have digests instead
+AGAIN = 'again'  # in a run's folder: the same run, made anew, until it has ended
 
 
 def folder_of(config):
     """Where a run writes."""
-    return Path(config.runs) / config.task / config.method / f'seed{config.seed}' / config.point
+    return Path(config.runs) / config.task / config.model / config.method / f'seed{config.seed}' / config.point
 
 
 def digest(content):
@@ -299,7 +354,7 @@ def read(path):
     """The bytes of a file; None if there is none."""
     try:
         return path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -323,8 +378,12 @@ def read_checkpoint(path, config):
         return None
     if digest(content[64:]).encode() != content[:64]:
         return set_aside(path, 'damaged')
-    checkpoint = torch.load(io.BytesIO(content[64:]), map_location='cpu', weights_only=True)
-    if any(checkpoint['config'][name] != getattr(config, name) for name in ('task', 'method', 'seed')):
+    try:
+        checkpoint = torch.load(io.BytesIO(content[64:]), map_location='cpu', weights_only=True)
+        name = [checkpoint['config'][name] for name in ('task', 'model', 'method', 'seed')]
+    except Exception:  # code, which is not run, or not what `save` writes
+        return set_aside(path, 'no checkpoint')
+    if name != [config.task, config.model, config.method, config.seed]:
         return set_aside(path, 'of another run')
     return checkpoint
 
@@ -335,25 +394,35 @@ def resume(folder, model, optimizer, config, device):
     if not found:
         return []
     newest = max(found, key=lambda checkpoint: len(checkpoint['records']))
+    if folder.name == AGAIN and differences(newest['config'], vars(config)):
+        return start_over(folder)
     same_settings(newest['config'], config, folder)
     then, now = ({name: x.shape for name, x in tensors.items()} for tensors in (newest['trained'], trained(model)))
     if then != now:
-        raise InputError(f'{folder} was begun with a model of other sizes; is the data set the same? --again starts '
-                         'over')
+        raise InputError(f'{folder}: a checkpoint holds parameters of other names or sizes; --again starts over')
     model.load_state_dict(newest['trained'], strict=False)
     optimizer.load_state_dict(newest['optimizer'])
     say(f'resumed   after epoch {len(newest["records"])} of {config.epochs}, from {folder}')
     if changed := differences(newest['environment'], environment(device)):
         say(f'          with {changed}: not the same bits as without an interruption')
-    write_log(folder, newest['records'])  # it may have been stopped between the two files
     return newest['records']
 
 
 def start_over(folder):
-    """Remove what an earlier process left of a run."""
-    names = 'result.json', 'params.pth', 'log.jsonl', *CHECKPOINTS
-    for path in (*(folder / name for name in names), *folder.glob('*.part')):
+    """Remove what an earlier process left of a run. Returns the records of the epochs that are left: none."""
+    for path in (*(folder / name for name in NAMES), *folder.glob('*.part')):
         path.unlink(missing_ok=True)
+    return []
+
+
+def take_place(folder):
+    """Put the files of a run that was made anew, and has ended, in the place of the old ones; result.json last."""
+    if (folder / AGAIN / 'result.json').exists():
+        for name in NAMES:
+            if (folder / AGAIN / name).exists():
+                (folder / AGAIN / name).replace(folder / name)
+        start_over(folder / AGAIN)
+        (folder / AGAIN).rmdir()
 
 
 def differences(old, new):
@@ -365,8 +434,8 @@ def differences(old, new):
 def same_settings(old, config, folder):
     """Raise InputError if a run was begun with settings that would give other numbers."""
     if changed := differences(old, vars(config)):
-        raise InputError(f'{folder} was begun with other settings: {changed}. Give those to go on, --again to start '
-                         'over, or another folder with --set runs=DIR')
+        raise InputError(f'{folder} was begun with other settings, pictures or weights: {changed}. Give those to go on, '
+                         '--again to start over, or another folder with --set runs=DIR')
 
 
 def set_aside(path, why):
@@ -386,13 +455,15 @@ def read_result(folder):
     """What `write_result` wrote; None if there is none, or it is damaged and so was set aside."""
     if (content := read(folder / 'result.json')) is None:
         return None
-    try:
+    return parse_result(content) or set_aside(folder / 'result.json', 'damaged')
+
+
+def parse_result(content):
+    """The result in the bytes of a result.json; None if they are not what `write_result` wrote."""
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         result = json.loads(content)
         if result['digest'] == digest(json.dumps(result | {'digest': ''}).encode()):
             return result
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    return set_aside(folder / 'result.json', 'damaged')
 
 
 # ---- Many runs ------------------------------------------------------------------------------------------
@@ -436,10 +507,14 @@ def search(config, again=False):
     say(f'search    {config.task}, {config.method}, seed {config.seed}: accuracy on the validation images')
     for point, score in scores:
         say(f'          {point}: {"diverged" if score is None else f"{100 * score:.2f}%"}')
-    if scores[0][1] is None:
+    best, score = scores[0]
+    if score is None:
         raise Diverged(f'{folder_of(config)}: every point of the grid diverged; give it lower rates: '
                        '--set grid="{lr: [...]}"')
-    return scores[0][0]
+    for name, values in config.grid.items():
+        if len(values) > 1 and best[name] and best[name] in (min(values), max(values)):  # there is nothing below 0
+            say(f'          the best {name}, {best[name]}, is the last of the grid on its side: look beyond it')
+    return best
 
 
 def columns(configs, names):
@@ -458,43 +533,85 @@ def spread(values):
     return f'{fmean(values):.1f}' + (f' ± {stdev(values):.1f}' if len(values) > 1 else '') if values else ''
 
 
-def report(configs, folder, names=None, methods=None, seeds=None):
+def collect(folder, tasks, models, methods, seeds):
+    """The test results below a folder by (model, task, method, seed), and whether all files were whole. A result
+    counts as what it says of itself, wherever it lies. No tasks, models, methods or seeds: all."""
+    results, whole = {}, True
+    for path in sorted(folder.rglob('result.json')):
+        result = parse_result(read(path))
+        if not result:
+            complain(f'{path} is damaged and is left out; run it again')
+            whole = False
+            continue
+        key = tuple(result['config'][name] for name in ('model', 'task', 'method', 'seed'))
+        wanted = all(not names or name in names for name, names in zip(key, (models, tasks, methods, seeds)))
+        if wanted and result['score_on'] == 'test' and path.parent.name != AGAIN:
+            if key in results:
+                raise InputError(f'{path}: there are two results of {", ".join(map(str, key))}; move one away')
+            results[key] = result
+    if not results and whole:
+        raise InputError(f'{folder}: no finished run of what is named; train it first, or name the folder with --set runs=DIR')
+    return results, whole
+
+
+def report(configs, folder, names=None, models=None, methods=None, seeds=None):
     """Print, in Markdown and the layout of Table 10, the test accuracies of finished runs, and under each method the
-    paper's with the difference. A group is the mean of its members, and empty as long as one is missing.
+    paper's with the difference, where it has one for just this backbone: a table for each. A group is the mean of its
+    members, and empty as long as one is missing. Below a table, what its runs differ in beside method and seed.
 
-    names: of tasks and groups. Names, methods and seeds are those that have been run where they are not given."""
-    there = [path.parts[-4:-2] for path in folder.glob('*/*/seed*/result.json')]  # task and method
-    names = names or [name for name in configs['tasks'] if name in {task for task, _ in there}]
-    methods = methods or [name for name in configs['methods'] if name in {method for _, method in there}]
-    results = {}
-    for task, method, seed in product(tasks_of(configs, names), methods, seeds or '*'):
-        for file in sorted((folder / task / method).glob(f'seed{seed}/result.json')):
-            if (result := read_result(file.parent)) and result['score_on'] == 'test':
-                results[task, method, result['seed']] = result
-    seeds = sorted({seed for *_, seed in results})
+    names: of tasks and groups. What is not given is all that has been run. Returns the exit status."""
+    results, whole = collect(folder, names and tasks_of(configs, names), models, methods, seeds)
+    backbones = {}
+    for (model, *key), result in results.items():
+        backbones.setdefault(model + is_random(result['config']), {})[tuple(key)] = result
+    for backbone, mine in backbones.items():
+        say(f'{backbone}:')
+        tasks = {task for task, *_ in mine}
+        shown = columns(configs, names or [name for name in configs['tasks'] if name in tasks])
+        table(configs, mine, shown, methods or [name for name in configs['methods'] if name in {m for _, m, _ in mine}])
+        for task in shown:
+            say_differences(task, [result for (name, *_), result in mine.items() if name == task])
+    return 0 if whole else 2
 
+
+def table(configs, results, shown, methods):
+    """Print the results of one model, by (task, method, seed), with the tasks and groups `shown` as columns."""
     def value(name, method, seed):
         if name in configs['groups']:
             members = [value(member, method, seed) for member in configs['groups'][name]]
             return None if None in members or not members else fmean(members)
         return results[name, method, seed]['accuracy'] if (name, method, seed) in results else None
 
-    shown = columns(configs, names)
     say(markdown('method', 'trained', shown) + '\n' + '| --- ' * (2 + len(shown)) + '|')
     for method in methods:
-        sizes = [result['trained_parameters'] / 1e6 for (_, name, _), result in results.items() if name == method]
+        mine = [result for (_, name, _), result in results.items() if name == method]
+        seeds = sorted({result['config']['seed'] for result in mine})
         ours = [[x for seed in seeds if (x := value(name, method, seed)) is not None] for name in shown]
-        paper = [configs['paper'].get(name, {}).get(method) for name in shown]
-        say(markdown(f'`{method}`', f'{fmean(sizes):.3f}M' if sizes else '', map(spread, ours)))
+        size = fmean(result['trained_parameters'] for result in mine) / 1e6 if mine else None
+        say(markdown(f'`{method}`', f'{size:.3f}M' if mine else '', map(spread, ours)))
+        count, *paper = (beside(configs, mine, name) for name in ['params', *shown])
         if any(paper):
-            published = configs['methods'][method].get('paper_params')
-            say(markdown('the paper', f'{published:.2f}M' if published else '', (x or '' for x in paper)))
+            say(markdown('the paper', f'{count:.2f}M' if count else '', (x or '' for x in paper)))
             more = (f'{100 * fmean(x) - y:+.1f}' if x and y else '' for x, y in zip(ours, paper))
             say(markdown('difference', '', more))
-    for (task, method, seed), result in results.items():
-        first = next(r for (t, m, _), r in results.items() if (t, m) == (task, method))['config']
-        if changed := differences(first | {'seed': seed}, result['config']):
-            say(f'{task}, {method}: seeds {first["seed"]} and {seed} differ in more than the seed: {changed}')
+
+
+def beside(configs, results, column):
+    """The paper's number for a column of a table, if it is for just what each of the results was made with."""
+    found = {published(configs, result['config'], column) for result in results}
+    return found.pop() if len(found) == 1 else None
+
+
+def say_differences(task, results):
+    """Say what the runs in a column of a report differ in, beside the method, what it is, and the seed."""
+    own = FREE | {'method', 'seed', 'tune', 'structure', 'aggregation', 'reinforcement'}
+    for name in sorted({name for result in results for name in result['config']} - own):
+        values = {}
+        for result in results:
+            values.setdefault(str(result['config'].get(name)), []).append(result['config']['method'])
+        if len(values) > 1:
+            say(f'{task}: {name} is ' + ', '.join(f'{value} for {"/".join(dict.fromkeys(methods))}'
+                                                  for value, methods in values.items()))
 
 
 def markdown(*cells):
@@ -502,20 +619,26 @@ def markdown(*cells):
     return '| ' + ' | '.join(str(x) for cell in cells for x in ([cell] if isinstance(cell, str) else cell)) + ' |'
 
 
-def with_noise(runs, rates):
+def with_noise(runs, rates, changes):
     """Test finished runs on images that are mixed with noise (Figures 4 and 6), add the accuracies to their results,
-    and print them, method by method."""
-    device, found = find_device(), {}
-    for config in runs:
-        folder = folder_of(config)
-        stored, _, model = open_run(folder, device)
-        test, result = data.load(SimpleNamespace(**vars(stored) | {'data': config.data})).test, read_result(folder)
-        scores = {str(rate): accuracy(model, test, stored, device, rate) for rate in rates}
-        write_result(folder, result | {'noise': result.get('noise', {}) | scores})
-        found.setdefault((config.task, config.method), []).append(scores.values())
-    say(markdown('task', 'method', rates) + '\n' + '| --- ' * (2 + len(rates)) + '|')
-    for (task, method), scores in found.items():
-        say(markdown(task, f'`{method}`', map(spread, zip(*scores))))
+    and print them, method by method. What is wrong with one run is said, and the next has its turn. Returns the status."""
+    found, said = {}, set()
+    for folder in runs:
+        try:
+            config, classes, model = open_run(folder, find_device(), changes)
+            task, result = task_of(config, folder), read_result(folder)
+            scores = {f'{rate:g}': accuracy(model, task.test, config, find_device(), rate) for rate in rates}
+            write_result(folder, result | {'noise': result.get('noise', {}) | scores})
+            key = config.task, config.model + is_random(vars(config)), f'`{config.method}`'
+            found.setdefault(key, []).append(scores.values())
+        except InputError as error:
+            complain(error)
+            said.add(str(error))
+    if found:
+        say(markdown('task', 'model', 'method', map('{:g}'.format, rates)) + '\n' + '| --- ' * (3 + len(rates)) + '|')
+    for key, scores in found.items():
+        say(markdown(*key, map(spread, zip(*scores))))
+    return 2 if said else 0
 
 
 # ---- Looking at a run (Figure 7) -----------------------------------------------------------------------
@@ -523,17 +646,17 @@ def with_noise(runs, rates):
 TILE = 112  # pixels of a picture and of a map
 
 
-def show(folders, files, path, device):
+def show(folders, files, path, device, changes):
     """Draw where the class token looks in each layer, a row an image and run, and write it to path as PNG.
 
     folders: of finished runs. files: images of the user's, whose likely classes are printed; without any,
-    four test images of the task."""
+    four test images of the task. changes: where data and weights are by now, if elsewhere."""
     rows = []
     for folder in folders:
-        config, classes, model = open_run(Path(folder), device)
+        config, classes, model = open_run(folder, device, changes)
         pictures = [(data.read_image(file, data.resized(config)), -1) for file in files]
         if not files:
-            test = data.load(config).test
+            test = task_of(config, folder).test
             pictures = [test[i] for i in range(min(4, len(test)))]
         for i, (image, label) in enumerate(pictures):
             image = next(data.batches([(image, label)], config, device))[0]
@@ -541,7 +664,8 @@ def show(folders, files, path, device):
             p, best = seen['logits'][0].float().softmax(dim=0).topk(min(5, len(classes)))
             truth = f', in truth {classes[label]}' if label >= 0 else ''
             row = tiles(image, seen, config)
-            rows.append((i, caption([f'{config.method}: {classes[best[0]]}{truth}'], row), row))
+            words = f'{config.method}: {classes[best[0]]}{truth}{is_random(vars(config))}'
+            rows.append((i, caption([words], row), row))
             if files:
                 say(f'{files[i]}, by {folder}: ' + ', '.join(f'{classes[c]} {100 * x:.1f}%' for x, c in zip(p, best)))
     if len({row.shape for *_, row in rows}) > 1:
@@ -553,18 +677,47 @@ def show(folders, files, path, device):
     say(f"the class token's attention in each layer, and outlined what AR reinforces after it: {path}")
 
 
-def open_run(folder, device):
-    """The settings, the names of the classes and the model of a finished run."""
+def open_run(folder, device, changes=None):
+    """The settings, the names of the classes and the model of a finished run. changes: where its data and weights are
+    by now, if elsewhere. Raises InputError if they are not what it was trained with."""
     result = read_result(folder)
     if not result:
         raise InputError(f'{folder}: no finished run; train it first')
-    if digest(read(folder / 'params.pth') or b'') != result['params_digest']:
-        raise InputError(f'{folder}/params.pth is not what result.json beside it was measured with; --again trains '
-                         'anew')
-    config, classes = SimpleNamespace(**result['config']), result['classes']
-    model = make_model(config, len(classes)).to(device).eval()
+    stored = result['config']
+    config = SimpleNamespace(**stored | {name: (changes or {}).get(name, stored[name]) for name in ('data', 'weights')})
+    if config.tune == 'all':  # params.pth is the whole model
+        config.weights = 'random'
+    model = make_model(config, len(result['classes'])).to(device).eval()
+    if config.tune != 'all' and (now := backbone_digest(model)) != config.backbone:
+        raise InputError(f'{folder} was tuned on another backbone than {config.weights} holds: backbone '
+                         f'{config.backbone} -> {now}; name its file with --weights')
+    config.weights = stored['weights']
+    restore_params(folder, result, config)
     model.load_state_dict(vit.read_state_dict(folder / 'params.pth'), strict=False)
-    return config, classes, model
+    return config, result['classes'], model
+
+
+def restore_params(folder, result, config):
+    """Make sure that params.pth is what result.json was measured with; a lost one is in the last checkpoint."""
+    if digest(read(folder / 'params.pth') or b'') == result['params_digest']:
+        return
+    for name in CHECKPOINTS:
+        checkpoint = read_checkpoint(folder / name, config)
+        params = packed(checkpoint['trained'], config) if checkpoint else b''
+        if digest(params) == result['params_digest']:
+            say(f'{folder / "params.pth"} was lost, or is another: taken again from {name}')
+            return write(folder / 'params.pth', params)
+    raise InputError(f'{folder}/params.pth is not what result.json beside it was measured with; --again trains anew')
+
+
+def task_of(config, folder):
+    """The task of a finished run. Raises InputError if its pictures are others by now."""
+    task = data.load(config)
+    now = data.digest(task, config)
+    if changed := differences({name: getattr(config, name, None) for name in now}, now):
+        raise InputError(f'{folder} was trained and tested on other pictures than {config.data} has: {changed}; name '
+                         'their folder with --data')
+    return task
 
 
 def tiles(image, seen, config):
@@ -603,25 +756,45 @@ def caption(words, row):
 
 
 def settings(configs, task, method=None, model=None, changes=None):
-    """The settings of each run of a task, a list with one for each method and seed that is named.
+    """The settings of each run of a task, a list with one for each method that is named.
 
     configs: configs.yaml as read. method, model, changes: what the command line says instead of it; the
     order is on top of that file. Raises InputError for a name that is not known, or a value that is wrong."""
-    defaults, changes = configs['defaults'], changes or {}
+    defaults, changes, runs = configs['defaults'], changes or {}, []
     of_task = entry(configs, 'tasks', task)
     model = model or of_task.get('model', defaults['model'])
-    of_model = configs['models'].get(model, {})
-    runs = []
+    of_model = model_entry(configs, model)
     for name in dict.fromkeys(str(method or of_task.get('method', defaults['method'])).split(',')):
-        config = dict(defaults)
+        config, source = dict(defaults), dict.fromkeys(defaults, 'defaults')
         for where, layer in ((f'models: {model}', of_model), (f'tasks: {task}', of_task),
                              (f'methods: {name}', entry(configs, 'methods', name)), ('--set', changes)):
             config |= {key: checked(key, value, defaults, where) for key, value in layer.items()}
-        config |= {'task': task, 'method': name, 'model': model, 'point': '',
-                   'paper_accuracy': configs['paper'].get(task, {}).get(name, 0.0)}
+            source |= dict.fromkeys(layer, where)
+        config |= {'task': task, 'method': name, 'model': model, 'point': ''}
         config['img_size'] = config['img_size'] or vit.parse_name(model)[2]
+        config['normalisation'] = normalisation(config, source, of_model)
+        config['paper_accuracy'] = published(configs, config, task) or 0.0
+        config['paper_params'] = published(configs, config, 'params') or 0.0
         runs.append(SimpleNamespace(**config))
     return runs
+
+
+def normalisation(config, source, of_model):
+    """A line on what pixels are normalised with, and from where that is. It is a property of the weights."""
+    line = 'mean {mean}, std {std}, of '.format(**config) + ' and '.join(dict.fromkeys((source['mean'], source['std'])))
+    if config['weights'] in ('random', of_model.get('weights')) or source['mean'] == source['std'] == '--set':
+        return line
+    return f'{line}; if {config["weights"]} was trained with others: --set mean=[...] std=[...]'
+
+
+def published(configs, config, column):
+    """The paper's accuracy, in %, of a task or group, or its count of `params`, in M, for just the backbone, image size
+    and method of a run; None if it has none. A file by another name is not known to be that backbone."""
+    weights = configs['models'].get(config['model'], {}).get('weights', '').partition('#')[0]
+    if config['img_size'] != vit.parse_name(config['model'])[2] or (
+            Path(config['weights'].partition('#')[0]).name != Path(weights).name):
+        return None
+    return configs['paper'].get(config['model'], {}).get(column, {}).get(config['method'])
 
 
 def entry(configs, section, name):
@@ -631,80 +804,87 @@ def entry(configs, section, name):
     return configs[section][name]
 
 
+def model_entry(configs, name):
+    """An entry of models, or {} for a name in timm's grammar that says nothing of the pre-training."""
+    if '.' in name or name in configs['models']:
+        return entry(configs, 'models', name)
+    vit.parse_name(name)
+    return {}
+
+
 def nearest(name, known):
     """What may have been meant, and what there is."""
-    close = difflib.get_close_matches(str(name), known, n=1) if len(str(name)) < 100 else []
+    close = difflib.get_close_matches(name, known, n=1) if len(name) < 100 else []
     return f': did you mean {close[0]!r}?' if close else f': one of {", ".join(known)}'
 
 
-# What a number has to be. Every other one has only a type.
-RANGES = {'lr': (1e-12, 1e6), 'weight_decay': (0, 1e6), 'momentum': (0, 1), 'warmup': (0, 0.99),
-          'epochs': (1, 10 ** 6), 'batch': (1, 10 ** 6), 'workers': (0, 1024), 'seed': (0, 2 ** 31),
-          'classes': (0, 10 ** 6), 'n_train': (1, 10 ** 8), 'n_val': (0, 10 ** 8), 'n_test': (1, 10 ** 8),
-          'img_size': (0, 10 ** 4), 'noise': (0, 1e4), 'n_shapes': (1, 6), 'cache_gb': (0, 1e6),
-          'N': (-1000, 1000), 'k': (-10 ** 6, 10 ** 6), 'paper_params': (0, 1e6), 'paper_backbone_params': (0, 1e6)}
-CHOICES = {'tune': ('prompts', 'bias', 'head', 'all'), 'score_on': ('test', 'val'),
-           'augment': ('crop_flip', 'none'), 'optimizer': ('SGD', 'AdamW'), 'save_dtype': ('float32', 'float16'),
-           'structure': ivpt.STRUCTURES, 'reinforcement': ivpt.REINFORCEMENTS, 'source': tuple(data.SOURCES),
-           'torchvision': ('', *data.TORCHVISION), 'aggregation': (False, True), 'bf16': (False, True)}
-TEXTS = ('task', 'method', 'model', 'data', 'runs', 'weights', 'dir', 'images', 'ask')
+def between(low, high):
+    return lambda x: low <= x <= high, f'goes from {low:g} to {high:g}'
 
 
-def shown(value):
-    """A value in a message, not too long."""
-    try:
-        return repr(value)[:100]
-    except ValueError:  # Python prints no number of more than 4,300 digits
-        return 'so large a number'
+def one_of(*choices):
+    return lambda x: x in choices, f'is one of {", ".join(map(str, choices))}'
+
+
+ANY = lambda x: True, ''  # noqa: E731
+TEXT = str.isprintable, 'is a text without line ends and control characters'
+FOLDER = lambda x: x and x.isprintable(), 'is the name of a folder'  # noqa: E731
+WORKERS = lambda x: x == 'auto' or x.isdecimal() and int(x) <= 1024, 'is auto, or a number from 0 to 1024'
+COLOURS = lambda x: len(x) == 3 and all(type(c) in (int, float) and abs(c) < 1e6 for c in x), 'is three numbers, one a colour'
+GRID = lambda x: x and all(type(values) is list and values for values in x.values()), 'is a list of values for each setting'
+
+# What a setting has to be, beside of the type of its default: a test, and what it says in words.
+RULES = {
+    'lr': between(1e-12, 1e6), 'weight_decay': between(0, 1e6), 'momentum': between(0, 1), 'warmup': between(0, 0.99),
+    'epochs': between(1, 10 ** 6), 'batch': between(1, 10 ** 6), 'workers': WORKERS, 'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
+    'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
+    'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4), 'n_shapes': between(1, 6),
+    'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6), 'paper_backbone_params': between(0, 1e6),
+    'tune': one_of('prompts', 'bias', 'head', 'all'), 'score_on': one_of('test', 'val'),
+    'augment': one_of('crop_flip', 'none'), 'optimizer': one_of('SGD', 'AdamW'),
+    'save_dtype': one_of('float32', 'float16'), 'structure': one_of(*ivpt.STRUCTURES),
+    'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'readout': one_of('cls', 'mean'), 'source': one_of(*data.SOURCES),
+    'torchvision': one_of('', *data.TORCHVISION), 'aggregation': ANY, 'bf16': ANY, 'task': TEXT, 'method': TEXT,
+    'model': TEXT, 'data': FOLDER, 'runs': FOLDER, 'weights': TEXT, 'dir': TEXT, 'images': TEXT, 'ask': TEXT,
+    'mean': COLOURS, 'std': (lambda x: COLOURS[0](x) and min(x) > 0, COLOURS[1] + ', above 0'), 'grid': GRID}
 
 
 def checked(key, value, defaults, where):
     """A setting's value in the type of its default. Raises InputError if it cannot be one."""
     if key not in defaults:
-        raise InputError(f'{where}: unknown setting {shown(key)}{nearest(key, defaults)}')
-    kind = type(defaults[key])
-    if kind is str and value is None:  # --set weights=
-        value = ''
+        raise InputError(f'{where}: unknown setting {key!r}{nearest(str(key), defaults)}')
+    kind, (fits, rule) = type(defaults[key]), RULES[key]
+    if kind is str and type(value) is int:
+        value = str(value)
     if kind is float and type(value) in (int, str):  # YAML takes 1e-3 for a word
         with suppress(ValueError, OverflowError):
             value = float(value)
-    low, high = RANGES.get(key, (-math.inf, math.inf))
     if type(value) is not kind:
-        wrong = f'is a {kind.__name__}, as {shown(defaults[key])}'
-    elif key in RANGES and not low <= value <= high:
-        wrong = f'goes from {low:g} to {high:g}'
-    elif key in CHOICES and value not in CHOICES[key]:
-        wrong = f'is one of {", ".join(map(str, CHOICES[key]))}'
-    elif key in TEXTS and not value.isprintable():
-        wrong = 'is a text without line ends and control characters'
-    elif key in ('mean', 'std') and not (len(value) == 3 and all(
-            type(x) in (int, float) and abs(x) < 1e6 and (x > 0 or key == 'mean') for x in value)):
-        wrong = 'is three numbers, one a colour, and std is positive'
-    elif key == 'grid' and not (
-            value and all(isinstance(x, list) and x and name not in TEXTS for name, x in value.items())):
-        wrong = f'is a list of values for each setting, as {shown(defaults[key])}'
-    elif key == 'grid':
+        raise InputError(f'{where}: {key} is a {kind.__name__}, as {defaults[key]!r}, not {repr(value)[:100]}')
+    if not fits(value):
+        raise InputError(f'{where}: {key} {rule}, not {repr(value)[:100]}')
+    if key == 'grid':
         return {name: [checked(name, x, defaults, where) for x in values] for name, values in value.items()}
-    else:
-        return value
-    raise InputError(f'{where}: {key} {wrong}, not {shown(value)}')
+    return value
+
+
+def parsed(key, text, defaults):
+    """The value of a setting that the command line gives as text: decimal numbers, and texts as they are."""
+    kind = type(defaults.get(key))
+    if kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    elif kind is not str:
+        return read_yaml(text, f'--set {key}')
+    return os.path.expanduser(text) if key in ('data', 'runs', 'weights') else text
 
 
 def read_yaml(text, where):
     """YAML without code in it; InputError if it is not YAML."""
     try:
-        return yaml.load(text, Plain)
+        return yaml.safe_load(text)
     except Exception as error:  # PyYAML's constructors raise what int(), date() and their like raise
         raise InputError(f'{where}: not YAML: {error or type(error).__name__}') from None
-
-
-class Plain(yaml.SafeLoader):
-    """YAML without *aliases: ten lines of them are a value of gigabytes."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError('write the value out in place of the alias *' + self.peek_event().anchor)
-        return super().compose_node(parent, index)
 
 
 def read_configs():
@@ -712,15 +892,15 @@ def read_configs():
     try:
         configs = read_yaml((HERE / 'configs.yaml').read_text(encoding='utf-8'), 'configs.yaml')
         defaults = configs['defaults']
-        for name in (*RANGES, *CHOICES, *TEXTS, 'mean', 'std', 'grid'):
+        for name in RULES:
             checked(name, defaults[name], defaults, 'configs.yaml: defaults')
         for task, method in product(tasks_of(configs, [*configs['tasks'], *configs['groups']]), configs['methods']):
             if not all(re.fullmatch(r'\w[\w.+-]*', name) for name in (task, method)):  # they are names of folders
-                raise InputError(f'configs.yaml: {shown(task)}, {shown(method)}: names have letters, digits, . _ + -')
+                raise InputError(f'configs.yaml: {task!r}, {method!r}: names have letters, digits, . _ + -')
             settings(configs, task, method)
         for model in configs['models']:
             settings(configs, defaults['task'], defaults['method'], model)
-        figures = [x for row in configs['paper'].values() for x in row.values()]
+        figures = [x for of_model in configs['paper'].values() for row in of_model.values() for x in row.values()]
         if not all(type(x) in (int, float) and 0 <= x <= 100 for x in figures):
             raise InputError('configs.yaml: paper: an accuracy goes from 0 to 100')
     except (LookupError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
@@ -736,42 +916,52 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f'{message}; python train.py --help lists what there is')
 
 
-def arguments(argv):
+def arguments(argv, defaults):
     """The command line, parsed, with the settings that it changes."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--task', help='an entry of tasks in configs.yaml, or several: A,B')
     parser.add_argument('--method', help='an entry of methods, or several: ivpt,vpt')
-    parser.add_argument('--model', help="an entry of models, or a name such as vit_small_patch14_224")
+    parser.add_argument('--model', help='an entry of models, or a name such as vit_small_patch14_224, or several')
     parser.add_argument('--seed', help='a number, or several: 0,1,2')
-    parser.add_argument('--weights', help='path or URL of a checkpoint: .pth, .pt, .bin, .tar, .safetensors or .npz')
+    parser.add_argument('--weights', help='path or URL of a checkpoint: .pth, .pt, .bin, .tar, .safetensors or .npz; or random')
     parser.add_argument('--data', help='folder of the data sets')
     parser.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', action='extend',
                         help='any setting of configs.yaml')
-    parser.add_argument('--search', action='store_true', help='search the grid on the validation images first')
-    parser.add_argument('--report', action='store_true', help='a table of what has been run, beside the paper')
-    parser.add_argument('--noise', metavar='RATES', help='test finished runs on noisy images: 0,0.1,0.2')
-    parser.add_argument('--show', action='store_true', help='draw the attention of finished runs (Figure 7)')
-    parser.add_argument('--run', metavar='DIR', help='with --show or --image: the folder of the run')
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument('--search', action='store_true', help='search the grid on the validation images first')
+    what.add_argument('--report', action='store_true', help='a table of what has been run, beside the paper')
+    what.add_argument('--noise', metavar='RATES', help='test finished runs on noisy images: 0,0.1,0.2')
+    what.add_argument('--show', action='store_true', help='draw the attention of finished runs (Figure 7)')
+    parser.add_argument('--run', metavar='DIR', help='with --show, --image or --noise: the folder of the run')
     parser.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend',
                         help='classify these images by a finished run, and draw its attention')
-    parser.add_argument('--again', action='store_true', help='start over what is finished or was interrupted')
-    args = parser.parse_args(argv)
-    changes = {}
-    for change in args.set:
-        name, equals, value = change.partition('=')
+    parser.add_argument('--again', action='store_true', help='make anew what is finished or was interrupted')
+    args, unknown = parser.parse_known_args(argv)
+    for option in unknown:
+        name = option.lstrip('-').partition('=')[0]
+        raise InputError(f'there is no option {option}' + (f': write --set {name}=VALUE' if name in defaults else nearest(
+            option, ['--task', '--method', '--model', '--seed', '--weights', '--data', '--set', '--help'])))
+    if args.run and not (args.show or args.image or args.noise is not None):
+        raise InputError(f'--run {args.run} is for --show, --image and --noise; a run to train is named by --task, --method, '
+                         '--model and --seed')
+    given = [change.partition('=') for change in args.set]
+    given += [(name, '=', getattr(args, name)) for name in ('weights', 'data') if getattr(args, name) is not None]
+    for name, equals, value in given:
         if not equals:
-            raise InputError(f'--set takes NAME=VALUE, not {change!r}')
-        if name in ('task', 'method', 'model'):
-            raise InputError(f'--set {change}: write --{name} {value}')
-        changes[name] = read_yaml(value, f'--set {name}')
-    return args, changes | {name: value for name in ('weights', 'data') if (value := getattr(args, name)) is not None}
+            raise InputError(f'--set takes NAME=VALUE, not {name!r}')
+        if name in ('task', 'method', 'model', 'seed'):
+            raise InputError(f'--set {name}={value}: write --{name} {value}')
+    changes = {name: parsed(name, value, defaults) for name, _, value in given}
+    if 'data' in changes and not os.path.isdir(changes['data']):
+        raise InputError(f'{changes["data"]}: there is no such folder of data sets; make it if they are to be downloaded there')
+    return args, changes
 
 
 def main(argv=None):
     """Do what the command line asks for. Returns the exit status; what the user got wrong is one line."""
     try:
-        args, changes = arguments(argv)
-        return command(args, changes, read_configs())
+        configs = read_configs()
+        return command(*arguments(argv, configs['defaults']), configs)
     except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # an OSError names its file
         complain(error)
         return 2
@@ -782,36 +972,41 @@ def main(argv=None):
 
 def command(args, changes, configs):
     """Report, draw, test or train, by the command line's arguments and the settings that it changes."""
-    names = (configs['defaults']['task'] if args.task is None else args.task).split(',')
-    seeds = [checked('seed', read_yaml(seed, '--seed'), configs['defaults'], '--seed')
-             for seed in dict.fromkeys(args.seed.split(',') if args.seed is not None else ())]
+    defaults, named = configs['defaults'], lambda text: list(dict.fromkeys(text.split(','))) if text is not None else []
+    tasks, methods, models = named(args.task), named(args.method), named(args.model)
+    seeds = [checked('seed', parsed('seed', seed, defaults), defaults, '--seed') for seed in named(args.seed)]
     if args.report:
-        folder = Path(checked('runs', changes.get('runs', configs['defaults']['runs']), configs['defaults'], '--set'))
-        methods = args.method and args.method.split(',')
-        for section, known in (('tasks', tasks_of(configs, names)), ('methods', methods or ())):
-            for name in known:
+        for section, names in (('tasks', tasks_of(configs, tasks)), ('methods', methods)):
+            for name in names:
                 entry(configs, section, name)
-        report(configs, folder, args.task and names, methods, seeds)
-        return 0
-    each = [{'seed': seed} for seed in seeds] or [{}]
-    runs = [config for task, seed in product(dict.fromkeys(tasks_of(configs, names)), each)
-            for config in settings(configs, task, args.method, args.model, changes | seed)]
+        for name in models:
+            model_entry(configs, name)
+        folder = Path(checked('runs', changes.get('runs', defaults['runs']), defaults, '--set'))
+        return report(configs, folder, tasks, models, methods, seeds)
+    runs = [config for task, model, seed in product(tasks_of(configs, tasks or [defaults['task']]), models or [None],
+                                                    seeds or [defaults['seed']])
+            for config in settings(configs, task, args.method, model, changes | {'seed': seed})]
+    folders = [Path(args.run)] if args.run else [folder_of(config) for config in runs]
     if args.noise is not None:
-        rates = [read_yaml(rate, '--noise') for rate in args.noise.split(',')]
-        if not all(type(rate) in (int, float) and 0 <= rate <= 1 for rate in rates):
-            raise InputError(f'--noise takes proportions from 0 to 1, as 0,0.1,0.2, not {args.noise!r}')
-        with_noise(runs, rates)
-    elif args.show or args.image:
-        folders = [Path(args.run)] if args.run else [folder_of(config) for config in runs]
-        show(folders, args.image, (folders[0] if len(folders) == 1 else folders[0].parents[1]) / 'attention.png',
-             find_device())
-    else:
-        results, status = run_all(runs, args.again, args.search)
-        for result in results if len(results) > 1 else []:
-            say(f'{result["task"]:16} {result["method"]:12} seed {result["seed"]}  {100 * result["accuracy"]:6.2f}%  '
-                f'{result["trained_parameters"] / 1e6:.3f}M trained  {clock(result["seconds"])}')
-        return status
-    return 0
+        return with_noise(folders, proportions(args.noise), changes)
+    if args.show or args.image:
+        path = Path(os.path.commonpath(folders)) / 'attention.png'
+        show(folders, args.image, path, find_device(), changes)
+        return 0
+    results, status = run_all(runs, args.again, args.search)
+    for result in results if len(results) > 1 else []:
+        say('{task:16} {model:32} {method:12} seed {seed}  '.format(**result) + f'{100 * result["accuracy"]:6.2f}%  '
+            f'{result["trained_parameters"] / 1e6:.3f}M trained  {clock(result["seconds"])}{is_random(result["config"])}')
+    return status
+
+
+def proportions(text):
+    """The numbers from 0 to 1 of --noise."""
+    with suppress(ValueError):
+        rates = [float(rate) for rate in text.split(',')]
+        if all(0 <= rate <= 1 for rate in rates):
+            return rates
+    raise InputError(f'--noise takes proportions from 0 to 1, as 0,0.1,0.2, not {text!r}')
 
 
 def complain(what):
@@ -835,5 +1030,7 @@ if __name__ == '__main__':
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python train.py | head` ends as other commands do
     sys.stdout = sys.stdout or open(os.devnull, 'w')  # `>&-`
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors='backslashreplace')  # not every file's name, and not every terminal, is UTF-8
     sys.exit(main())

@@ -48,6 +48,15 @@ class InputError(ValueError):
         super().__init__(' '.join(message.split()).rpartition('InputError: ')[2])
 
 
+def attend(q, k, v):
+    """softmax(q kᵀ / sqrt(d)) v: q [B, N_h, T, d] and k, v [B, N_h, T', d] -> [B, N_h, T, d].
+
+    The fused kernel never holds the matrix [B, N_h, T, T'], but in bfloat16 on a CPU it takes twice as long."""
+    if q.dtype == torch.bfloat16 and q.device.type == 'cpu':
+        return (q / q.shape[-1] ** 0.5 @ k.mT).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention of D-wide tokens with N_h heads.
 
@@ -72,9 +81,8 @@ class Attention(nn.Module):
         Returns the attended tokens [B, T, D] and w [B, T + n + ...]: the weights of the first token's
         query over all keys, mean over the heads, without gradient; or None, unless need_weights.
 
-        What is only attended to needs no query, and a context without a batch dimension (prompts: they
-        do not depend on the image) needs its keys and values once, not once an image.
-        """
+        What is only attended to needs no query, and a context without a batch dimension (prompts: they do not depend
+        on the image) needs its keys and values once, not once an image."""
         B, T, D = tokens.shape
         if T == 1:
             return self.one_query(tokens, *context)  # its weights come by themselves
@@ -85,29 +93,32 @@ class Attention(nn.Module):
             pairs = [self.split(F.linear(c, W_KV, b_KV)) for c in context]
             k, v = (torch.cat([x, *(y.expand(B, -1, -1, -1) for y in more)], dim=2)
                     for x, more in zip((k, v), zip(*pairs)))  # [B, N_h, T + n + ..., d]
-        attended = F.scaled_dot_product_attention(q, k, v)  # [B, N_h, T, d]
+        attended = attend(q, k, v)  # [B, N_h, T, d]
         w = self.first_row(q, k) if need_weights else None
         return self.proj(attended.transpose(1, 2).flatten(2)), w
 
     def first_row(self, q, k):
-        """w [B, T]: how the first query of q weighs the T keys of k, [B, N_h, T, d] each; mean over the heads."""
-        with torch.no_grad():  # one row beside the fused kernel, which never shows its matrix
-            w = (q[:, :, :1] @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
+        """w [B, T]: how the first query of q weighs the T keys of k, [B, N_h, T, d] each; mean over the heads.
+        In float32 under any autocast: w decides what is reinforced, and in bfloat16 many weights are alike."""
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # one row beside `attend`
+            q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q[:, :, :1], k))
+            w = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
             return w.mean(dim=1).squeeze(1)
 
     def one_query(self, token, *context):
         """As `forward`, for one token [B, 1, D]: its query goes to the keys' side, so that no key and no value is made.
 
         qᵀ(W_K x + b_K) = (W_Kᵀ q)ᵀ x + qᵀb_K, and the last term, the same for every x, cancels in the softmax;
-        Σ_i w_i (W_V x_i + b_V) = W_V Σ_i w_i x_i + b_V, since the weights sum to 1."""
-        x = token, *context
-        W_Q, W_K, W_V = self.qkv.weight.unflatten(0, (3, self.N_h, -1))  # [N_h, d, D]
-        b_Q, _, b_V = self.qkv.bias.unflatten(0, (3, self.N_h, -1))  # [N_h, d]
-        q = torch.einsum('hde,be->bhd', W_Q, token[:, 0]) + b_Q  # [B, N_h, d]
-        W_Kq = torch.einsum('hde,bhd->bhe', W_K, q) / q.shape[-1] ** 0.5  # [B, N_h, D]
-        w = torch.cat([W_Kq @ y.mT for y in x], dim=-1).softmax(-1)  # [B, N_h, 1 + n + ...]
-        wx = sum(a @ y for a, y in zip(w.split([y.shape[-2] for y in x], dim=-1), x))  # [B, N_h, D]
-        attended = torch.einsum('hde,bhe->bhd', W_V, wx) + b_V
+        Σ_i w_i (W_V x_i + b_V) = W_V Σ_i w_i x_i + b_V, since the weights sum to 1. In float32 as `first_row`."""
+        with torch.autocast(token.device.type, enabled=False):
+            x = [y.to(self.qkv.weight.dtype) for y in (token, *context)]
+            W_Q, W_K, W_V = self.qkv.weight.unflatten(0, (3, self.N_h, -1))  # [N_h, d, D]
+            b_Q, _, b_V = self.qkv.bias.unflatten(0, (3, self.N_h, -1))  # [N_h, d]
+            q = torch.einsum('hde,be->bhd', W_Q, x[0][:, 0]) + b_Q  # [B, N_h, d]
+            W_Kq = torch.einsum('hde,bhd->bhe', W_K, q) / q.shape[-1] ** 0.5  # [B, N_h, D]
+            w = torch.cat([W_Kq @ y.mT for y in x], dim=-1).softmax(-1)  # [B, N_h, 1 + n + ...]
+            wx = sum(a @ y for a, y in zip(w.split([y.shape[-2] for y in x], dim=-1), x))  # [B, N_h, D]
+            attended = torch.einsum('hde,bhe->bhd', W_V, wx) + b_V
         return self.proj(attended.flatten(1)).unsqueeze(1), w.detach().mean(dim=1)
 
 
@@ -157,21 +168,22 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """A plain vision transformer that classifies by its class token.
+    """A plain vision transformer. img_size, patch_size: pixels. num_classes=0 leaves the head out: features [B, D]
+    come instead of logits. Parameter names and shapes are timm's, so state dicts go both ways.
 
-    img_size, patch_size: pixels. num_classes=0 leaves the head out: features [B, D] come instead of
-    logits. Parameter names and shapes are timm's, so state dicts go both ways.
-    Raises InputError where the sizes do not fit each other.
-    """
+    readout: what is classified. 'cls': norm(z_cls). 'mean': norm(mean of Z), for MAE, whose class token had no loss of
+    its own. The norm comes last, as in GaPT (the file's, as here), VPT (a new one, gain 1 and bias 0) and timm's
+    global_pool='avg' (as its fc_norm; with fc_norm=False it would be the mean of norm(Z)). Prompts are not in the mean:
+    VPT's img_pool; by default VPT and GaPT have them in it. Raises InputError if sizes do not fit each other."""
 
-    def __init__(self, img_size, patch_size, D, L, N_h, num_classes=0):
+    def __init__(self, img_size, patch_size, D, L, N_h, num_classes=0, readout='cls'):
         super().__init__()
         if not 1 <= patch_size <= img_size:
             raise InputError(f'an image of {img_size} pixels holds no patch of {patch_size}')
-        if L < 1 or num_classes < 0:
-            raise InputError(f'a ViT needs L >= 1 layers and num_classes >= 0, not {L} and {num_classes}')
+        if L < 1 or num_classes < 0 or readout not in ('cls', 'mean'):
+            raise InputError(f'a ViT has L >= 1, classes >= 0, readout cls or mean, not {L}, {num_classes}, {readout}')
         M = (img_size // patch_size) ** 2
-        self.img_size, self.patch_size, self.D, self.L, self.M = img_size, patch_size, D, L, M
+        self.img_size, self.patch_size, self.D, self.L, self.M, self.readout = img_size, patch_size, D, L, M, readout
         self.patch_embed = PatchEmbed(patch_size, D)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + M, D))
@@ -196,7 +208,18 @@ class ViT(nn.Module):
         tokens = self.embed(images)
         for layer in self.blocks:
             tokens, _ = layer(tokens, need_weights=False)
-        return self.head(self.norm(tokens)[:, 0])
+        return self.head(self.read(tokens))
+
+    def last(self, tokens, *context):
+        """The last layer as far as it is read, for `read`: by 'cls', its z_cls asks alone, all others are context."""
+        if self.readout == 'cls':
+            tokens, others = tokens.split([1, tokens.shape[1] - 1], dim=1)
+            context = others, *context
+        return self.blocks[-1](tokens, *context, need_weights=False)[0]
+
+    def read(self, tokens):
+        """What the last layer's tokens, [z_cls, Z, ...], tell the head: [B, 1 + M + ..., D] -> [B, D]."""
+        return self.norm(tokens[:, 0] if self.readout == 'cls' else tokens[:, 1:1 + self.M].mean(dim=1))
 
 
 def init_linear(module):
@@ -215,14 +238,14 @@ def parse_name(name):
     return match[1], int(match[2]), int(match[3])
 
 
-def build(name, weights=None, num_classes=0, img_size=None):
+def build(name, weights=None, num_classes=0, img_size=None, readout='cls'):
     """A ViT by timm's name, such as vit_base_patch16_224; what follows a dot in the name is ignored.
 
-    weights: path or URL of a checkpoint, see `load_weights`; random values without. img_size: pixels, if
-    other than the name says. Raises InputError for a name outside the grammar and for weights that do not fit.
+    weights: path or URL of a checkpoint, see `load_weights`; random values without. img_size: pixels, if other than
+    the name says. readout: see `ViT`. Raises InputError for a name outside the grammar and weights that do not fit.
     """
     size, patch_size, pixels = parse_name(name)
-    model = ViT(img_size or pixels, patch_size, *SIZES[size], num_classes=num_classes)
+    model = ViT(img_size or pixels, patch_size, *SIZES[size], num_classes, readout)
     if weights is not None:
         load_weights(model, weights)
     return model
@@ -309,11 +332,37 @@ def to_timm(state, N_h):
     names of none stay as they are. Raises ValueError, or what torch raises, if shapes contradict names."""
     if any(name.startswith('module.') for name in state):
         state = from_moco_v3(state)
+    state = without_prefix(state)
     if any(name.endswith('embedding/kernel') for name in state):
         state = from_jax(state, N_h)
+    if any(name.startswith('encoder.layer.') for name in state):
+        for theirs, ours in HUGGING_FACE_NAMES.items():
+            state = {name.replace(theirs, ours): x for name, x in state.items()}
+    for q in [name for name in state if '.attn.query.' in name]:
+        qkv = [state.pop(q.replace('query', part), torch.empty(0)) for part in ('query', 'key', 'value')]
+        state[q.replace('query', 'qkv')] = torch.cat(qkv)  # [3 D, D] or [3 D]
     if any(re.match(LAYER_SCALE, name) for name in state):
         state = fold_layer_scale(state)
-    return from_mae(state)
+    return {name: x for name, x in state.items() if not name.startswith(UNREAD)}
+
+
+# MAE's decoder (github.com/facebookresearch/mae); `mask_token`, also DINOv2's, which no whole image meets; Hugging
+# Face's pooler, a layer behind the features (JAX's `pre_logits`), which their own classifier does not read either
+UNREAD = ('decoder_', 'mask_token', 'pooler.')
+PATCH_EMBED = r'(((model|backbone|module|encoder|vit)\.)*)(embeddings\.)?patch_embed(dings)?\.proj(ection)?\.weight'
+HUGGING_FACE_NAMES = {  # of ViTModel and ViTForImageClassification in their files; replaced in this order
+    'embeddings.position_embeddings': 'pos_embed', 'embeddings.patch_embeddings.projection': 'patch_embed.proj',
+    'embeddings.': '', 'encoder.layer.': 'blocks.', 'layernorm_before': 'norm1', 'attention.attention.': 'attn.',
+    'attention.output.dense': 'attn.proj', 'layernorm_after': 'norm2', 'intermediate.dense': 'mlp.fc1',
+    'output.dense': 'mlp.fc2', 'layernorm': 'norm', 'classifier.': 'head.'}
+
+
+def without_prefix(state):
+    """Names without what a wrapper (DataParallel, a class with a ViT in it) puts before them, which is what stands
+    before the patch embedding's. Where there are two, or two names would become one, they stay."""
+    prefixes = [match[1] for name in state if (match := re.fullmatch(PATCH_EMBED, name))]
+    plain = {name.removeprefix(prefixes[0]): x for name, x in state.items()} if len(prefixes) == 1 else {}
+    return plain if len(plain) == len(state) else state
 
 
 def from_moco_v3(state):
@@ -354,9 +403,6 @@ def from_jax(state, N_h):
             x = x.flatten(-2) if merged else x.flatten(0, 1) if name.endswith('attn.proj.weight') else x
             x = x.mT if x.ndim > 1 and name.endswith('.weight') else x  # [in, out] -> [out, in]
         timm[name] = x
-    for q in [name for name in timm if '.attn.query.' in name]:
-        qkv = [timm.pop(q.replace('query', part), torch.empty(0)) for part in ('query', 'key', 'value')]
-        timm[q.replace('query', 'qkv')] = torch.cat(qkv)  # [3 D, D] or [3 D]
     dropped = ('pre_logits.', 'head.') if 'pre_logits.weight' in timm else ()
     return {name: x for name, x in timm.items() if not name.startswith(dropped)}
 
@@ -380,12 +426,6 @@ def fold_layer_scale(state):
     return state
 
 
-def from_mae(state):
-    """MAE (github.com/facebookresearch/mae) without its decoder and its `mask_token`, which DINOv2 has too and
-    which no whole image meets."""
-    return {name: x for name, x in state.items() if not name.startswith('decoder_') and name != 'mask_token'}
-
-
 # ---- Files ----------------------------------------------------------------------------------------------
 
 MOST_UNPACKED = 8  # times a file's size; weights hardly compress
@@ -407,8 +447,8 @@ def read_state_dict(weights):
             check_zip(path)
         state = read(path)
     except Exception as error:  # each reader has a dozen ways to dislike a file
-        raise InputError(f'{path} is not a {kind}, or is cut short ({reason(error)}); '
-                         'download it again') from None
+        advice = '' if 'state_dict()' in (why := reason(error)) else '; download it again'
+        raise InputError(f'{path} is not a {kind}, or is cut short ({why}){advice}') from None
     for wrapper in ('state_dict', 'model'):  # MoCo-v3 and timm; MAE and DeiT
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -425,7 +465,7 @@ def reason(error):
     """What an error says, in one line: of torch.load's many, the one that names what it met."""
     said = str(error).partition('WeightsUnpickler error:')[2] or str(error)
     if code := re.search(r'GLOBAL (\S+)', said):
-        return f'it holds a {printable(code[1])}, which is code, and code is not run: save its state dict alone'
+        return f'it holds a {printable(code[1])}, which is code, and code is not run: save model.state_dict() alone'
     return printable((said.strip().splitlines() or [type(error).__name__])[0])
 
 

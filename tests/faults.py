@@ -3,7 +3,7 @@
     python tests/faults.py                               50 kills, 100 damages of each kind, 10 full disks
     python tests/faults.py --kills 5 --damages 10 --seed 1
 
-A run is a nano ViT on pictures of shapes, 6 epochs of it, from `train.main` in a forked process; every tenth kill is
+A run is a nano ViT on pictures of shapes, 6 epochs of it, in a forked process; every tenth kill is
 of `python train.py`, started anew. After each fault the same command is given again, and what it leaves must be what a
 run leaves that nothing happened to: every bit of the parameters, every loss, the accuracy. Prints a table; the status
 is 1 if anything was lost.
@@ -17,6 +17,7 @@ import json
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -31,18 +32,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
 
-ARGV = ['--model', 'vit_nano_patch8_48', '--method', 'ivpt', '--weights', '', '--set', 'epochs=6', 'n_train=40', 'n_val=10',
+ARGV = ['--model', 'vit_nano_patch8_48', '--method', 'ivpt', '--weights', 'random', '--set', 'epochs=6', 'n_train=40', 'n_val=10',
         'n_test=20', 'batch=16', 'workers=0', 'img_size=24']
 WRITES = 14  # of an uninterrupted run: a checkpoint and a log for each epoch, the parameters, the result
 FILES = (*train.CHECKPOINTS, 'params.pth', 'result.json')
 
 
 def folder_of(runs):
-    return Path(runs) / 'where_blue' / 'ivpt' / 'seed0'
+    return Path(runs) / 'where_blue' / 'vit_nano_patch8_48' / 'ivpt' / 'seed0'
 
 
-def child(runs, before=lambda: None):
-    """Start the run in a forked process, which calls `before` first. Returns its process id."""
+def child(runs, before=lambda: None, *changes):
+    """Start `python train.py` in a forked process, which has imported all and calls `before` first. Returns its
+    process id."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -51,10 +53,14 @@ def child(runs, before=lambda: None):
         for number, name in ((1, 'out'), (2, 'err')):
             os.dup2(os.open(f'{runs}.{name}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = os.fdopen(1, 'w', buffering=1), os.fdopen(2, 'w', buffering=1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         torch.set_num_threads(1)
-        train.find_device = lambda: torch.device('cpu')  # a GPU cannot be used in a fork
+        torch.cuda.is_available = lambda: False  # a GPU cannot be used in a fork
         before()
-        status = train.main([*ARGV, f'runs={runs}'])
+        sys.argv = [train.__file__, *ARGV, *changes, f'runs={runs}']
+        runpy.run_path(train.__file__, run_name='__main__')
+    except SystemExit as end:
+        status = end.code
     finally:
         os._exit(status)  # a traceback is a status of 99
 
@@ -123,7 +129,7 @@ def uninterrupted(folder):
     start = time.perf_counter()
     assert ended(child(folder / 'whole')) == 0, said(folder / 'whole', 'err')
     WHOLE.update(seconds=time.perf_counter() - start, outcome=outcome(folder / 'whole'), runs=folder / 'whole')
-    ended(child(folder / 'stopped', die('fsync', 8, 0)))  # while it writes the checkpoint of epoch 5
+    ended(child(folder / 'stopped', die('fsync', 9, 0)))  # while it writes the checkpoint of epoch 5
     WHOLE['stopped'] = folder / 'stopped'
 
 
@@ -197,18 +203,15 @@ def damage(runs, name, change, to_the_end, dice):
     file = folder_of(runs) / name
     right = file.read_bytes()
     file.write_bytes(wrong := change(right, dice))
-    config = argparse.Namespace(task='where_blue', method='ivpt', seed=0)
+    config = argparse.Namespace(task='where_blue', model='vit_nano_patch8_48', method='ivpt', seed=0)
     if to_the_end:
         if name == 'params.pth':  # the result vouches for it: --show says so, and the run has to be done again
             (file.parent / 'result.json').unlink()
         return lost_after(runs)
     with contextlib.redirect_stdout(io.StringIO()):
         if name == 'params.pth':
-            try:
-                train.open_run(file.parent, torch.device('cpu'))
-            except train.InputError as error:
-                return '' if str(file) in str(error) else 'another file is named'
-            return 'it is loaded'
+            train.open_run(file.parent, torch.device('cpu'))
+            return '' if file.read_bytes() == right else 'it is loaded'  # the last checkpoint has them too
         loaded = train.read_checkpoint(file, config) if name in train.CHECKPOINTS else train.read_result(file.parent)
     if loaded is None:
         aside = file.with_name(f'{name}.damaged1')

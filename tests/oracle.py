@@ -65,12 +65,18 @@ def layer(layer, x, norm1=0, qkv=torch.zeros(3), proj=0):
     return x + mlp(layer.mlp, layer_norm(layer.norm2, x)), A
 
 
+def read(model, z_cls, Z):
+    """What is classified, [B, D]: LayerNorm of the class token [B, 1, D], or of the mean of the image tokens [B, M, D]."""
+    x = z_cls[:, 0] if model.readout == 'cls' else sum(Z.unbind(1)) / Z.shape[1]
+    return layer_norm(model.norm, x)
+
+
 def vit(model, images):
     """Eq. 1, layer after layer: logits."""
     x = embed(model, images)
     for block in model.blocks:
         x, _ = layer(block, x)
-    return layer_norm(model.norm, x)[:, 0] @ model.head.weight.T + model.head.bias
+    return read(model, x[:, :1], x[:, 1:]) @ model.head.weight.T + model.head.bias
 
 
 def eq_3(block, z_cls, P, Z):
@@ -141,7 +147,7 @@ def ivpt(model, images):
             everywhere = [list(range(Z.shape[1]))] * len(Z)
             Omega.append(everywhere if model.reinforcement == 'all' else top_k(w[l], model.k))
             Z = reinforce(Z, Omega[l], model.P_re[l])
-    logits = layer_norm(model.vit.norm, z_cls[:, 0]) @ model.head.weight.T + model.head.bias
+    logits = read(model.vit, z_cls, Z) @ model.head.weight.T + model.head.bias
     return SimpleNamespace(logits=logits, w=w, Omega=Omega, P_hat=torch.stack(P_hat))
 
 
@@ -168,7 +174,7 @@ def inherited(model, images):
             x, A = layer(block, torch.cat([z_cls, P, Z], dim=1), **residuals)
             z_cls, P, Z = x[:, :1], x[:, 1:1 + N], x[:, 1 + N:]
             w.append(A[0, :, 0, 1 + N:].mean(dim=0))
-        all_logits.append(layer_norm(model.vit.norm, z_cls[0, 0]) @ model.head.weight.T + model.head.bias)
+        all_logits.append(read(model.vit, z_cls, Z)[0] @ model.head.weight.T + model.head.bias)
         all_w.append(torch.stack(w))
         all_P.append(torch.stack(entered))
     return SimpleNamespace(logits=torch.stack(all_logits), w=list(torch.stack(all_w, dim=1)), Omega=[],
@@ -194,7 +200,7 @@ def compare(model, images, cotangent):
 
 def watch(model, images):
     """What happens inside: a list with (tokens [B, 1 + M, D], P̂^l) that enter each layer, and one with
-    (tokens, w) that come out. The last layer puts out its class token alone."""
+    (tokens, w) that come out. The last layer puts out its class token alone, if that is what is read."""
     entered, left = [], []
 
     def hook(layer, args, out):

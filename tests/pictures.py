@@ -1,30 +1,41 @@
 """What the tests of section 4 share: small settings, and fake data sets in the real layouts."""
 
+from contextlib import contextmanager
 from inspect import ismodule
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 import yaml
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import train
+import vit
 
 CONFIGS = yaml.safe_load((Path(train.__file__).parent / 'configs.yaml').read_text())
-TINY = dict(weights='', n_train=40, n_val=10, n_test=20, epochs=2, batch=16, workers=0)  # a run of a second
+TINY = dict(weights='random', n_train=40, n_val=10, n_test=20, epochs=2, batch=16, workers=0)  # a run of a second
+
+
+NANO = 'vit_nano_patch8_48'
 
 
 def tiny(task='where_blue', method='ivpt', **changes):
     """The settings of a tiny run with a random nano ViT, as train.py puts them together."""
-    return train.settings(CONFIGS, task, method, 'vit_nano_patch8_48', TINY | changes)[0]
+    return train.settings(CONFIGS, task, method, NANO, TINY | changes)[0]
 
 
 def run(folder, *argv, **changes):
     """`python train.py ARGV`, tiny, with its results in a folder. Returns the exit status."""
     changes = TINY | {'runs': folder} | changes
-    return train.main([*argv, '--set', *(f'{name}={value!r}' if value == '' else f'{name}={value}'
-                                         for name, value in changes.items())])
+    return train.main([*argv, '--set', *(f'{name}={value}' for name, value in changes.items())])
+
+
+def folder_of(runs, method='ivpt', task='where_blue', seed=0):
+    """Where a run with a nano ViT writes."""
+    return runs / task / NANO / method / f'seed{seed}'
 
 
 def save_picture(path, seed, width=64, height=56):
@@ -57,6 +68,21 @@ def vtab(data, train800=8, val200=3, test=5, classes=37, name='oxford_iiit_pet')
             save_picture(folder / name, 10_000 + 1000 * part + i)
         (folder / f'{split}.txt').write_text(''.join(f'{name} {c}\n' for name, c in names))
     return folder
+
+
+@contextmanager
+def images_tested():
+    """A list that fills with the batches of images that models are given outside of training, whoever gives them."""
+    seen = []
+
+    def hook(module, inputs):
+        if isinstance(module, vit.PatchEmbed) and not torch.is_grad_enabled():
+            seen.append(inputs[0].clone())
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @pytest.fixture(autouse=True)

@@ -80,7 +80,7 @@ class Tuned(nn.Module):
         x = self.vit.embed(images)  # [B, 1 + M, D]
         for layer in self.vit.blocks:
             x, _ = layer(x, need_weights=False)
-        return self.head(self.vit.norm(x[:, 0]))
+        return self.head(self.vit.read(x))
 
 
 def in_every_layer(change):
@@ -304,7 +304,7 @@ class GaPT(Tuned):
         for layer, g in zip(self.vit.blocks, [*self.a.sigmoid(), 1]):
             y, _ = layer(torch.cat([x[:, :M], P], dim=1), need_weights=False)
             x, P = y[:, :M], g * y[:, M:] + (1 - g) * P
-        return self.head(self.vit.norm(x[:, 0]))
+        return self.head(self.vit.read(x))
 
 
 def gapt(vit, num_classes, s):

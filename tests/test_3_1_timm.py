@@ -10,6 +10,7 @@ names and shapes of timm's parameters and timm's float64 logits with the weights
         pixels = kwargs.get('img_size', 224)
         golden[name] = {'shapes': {n: list(x.shape) for n, x in state.items()},
                         'logits': model(wave((2, 3, pixels, pixels), 0, 1.0)).tolist()}
+    golden["global_pool='avg'"][name] = the logits of timm.create_model(name, **kwargs, global_pool='avg'), for POOLED
     golden['resample_abs_pos_embed'] = {
         f'{old} to {new}': timm.layers.resample_abs_pos_embed(wave((1, 1 + old ** 2, 8), 1).float(), [new, new]).tolist()
         for old, new in GRIDS}
@@ -31,6 +32,7 @@ MODELS = [
     ('vit_large_patch16_224', dict(depth=1, img_size=32, num_classes=3)),
     ('vit_huge_patch14_224', dict(depth=1, img_size=28, num_classes=3)),
 ]
+POOLED = [MODELS[0], MODELS[3]]
 GRIDS = [(4, 7), (7, 4), (3, 8), (37, 8)]
 GOLDEN = Path(__file__).parent / 'timm.json'
 
@@ -46,10 +48,11 @@ def golden():
     return json.loads(GOLDEN.read_text())
 
 
-def ours(name, kwargs):
+def ours(name, kwargs, readout='cls'):
     size, patch_size, _ = vit.parse_name(name)
     D, _, N_h = vit.SIZES[size]
-    return vit.ViT(kwargs['img_size'], kwargs.get('patch_size', patch_size), D, kwargs['depth'], N_h, kwargs['num_classes']).eval()
+    patch_size = kwargs.get('patch_size', patch_size)
+    return vit.ViT(kwargs['img_size'], patch_size, D, kwargs['depth'], N_h, kwargs['num_classes'], readout).eval()
 
 
 @pytest.mark.parametrize('name, kwargs', MODELS, ids=[name for name, _ in MODELS])
@@ -59,16 +62,26 @@ def test_names_shapes_and_their_order_are_those_of_timm(name, kwargs, golden):
     assert shapes == golden[name]['shapes']
 
 
+def agree(model, shapes, logits, dtype, tolerance):
+    """Our logits for the weights and images of `wave` are timm's."""
+    model.to(dtype).load_state_dict({n: wave(shape, i) for i, (n, shape) in enumerate(shapes.items())}, strict=True)
+    with torch.no_grad():
+        ours = model(wave((2, 3, model.img_size, model.img_size), 0, 1.0).to(dtype))
+    torch.testing.assert_close(ours.double(), torch.tensor(logits, dtype=torch.float64), rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize('name, kwargs', MODELS, ids=[name for name, _ in MODELS])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_logits_are_those_of_timm(name, kwargs, dtype, tolerance, golden):
-    model = ours(name, kwargs)
-    state = {n: wave(shape, i) for i, (n, shape) in enumerate(golden[name]['shapes'].items())}
-    model.to(dtype).load_state_dict(state, strict=True)
-    with torch.no_grad():
-        logits = model(wave((2, 3, kwargs['img_size'], kwargs['img_size']), 0, 1.0).to(dtype))
-    torch.testing.assert_close(logits.double(), torch.tensor(golden[name]['logits'], dtype=torch.float64),
-                               rtol=0, atol=tolerance)
+    agree(ours(name, kwargs), golden[name]['shapes'], golden[name]['logits'], dtype, tolerance)
+
+
+@pytest.mark.parametrize('name, kwargs', POOLED, ids=[name for name, _ in POOLED])
+def test_the_mean_of_image_tokens_is_read_as_by_timms_global_pool(name, kwargs, golden):
+    """timm names the norm behind the mean fc_norm, at the place where norm stands otherwise."""
+    logits = golden["global_pool='avg'"][name]
+    agree(ours(name, kwargs, 'mean'), golden[name]['shapes'], logits, torch.float64, 1e-10)
+    assert (torch.tensor(logits) - torch.tensor(golden[name]['logits'])).abs().max() > 5e-5
 
 
 @pytest.mark.parametrize('old, new', GRIDS)

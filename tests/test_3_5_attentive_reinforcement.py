@@ -1,12 +1,14 @@
 """3.5 Attentive reinforcement: the choice of image tokens (Eq. 14) and what they are given (Eq. 15)."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import find, given, settings
 
 import oracle
 import vit
-from ivpt import IVPT, reinforce_, top_k
+from ivpt import IVPT, look, reinforce_, top_k
 from oracle import close
 from strategies import METHODS, OTHERS, Case, cases, plain_vit, random_model, randomised
 
@@ -203,6 +205,56 @@ def test_nobody_computes_attention_weights_that_nobody_reads(method, monkeypatch
     del rows[:]
     model.vit(case.images())
     assert not rows
+
+
+@pytest.mark.parametrize('aggregation', [False, True])
+def test_k_0_is_the_model_without_reinforcement(aggregation):
+    """Figure 5 begins with k = 0."""
+    models, images = [], torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for k, reinforcement in (0, 'topk'), (10, 'none'):
+        torch.manual_seed(0)
+        models.append(IVPT(vit.ViT(4, 2, 6, 3, 2), 3, 2, k, 'cdc', aggregation, reinforcement))
+    zero, without = models
+    assert zero.P_re is None and zero.state_dict().keys() == without.state_dict().keys()
+    assert torch.equal(zero(images), without(images)) and look(zero, images)['Omega'] is None
+
+
+# ---- Number formats -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('structure', ['cdc', 'express'])
+def test_the_weights_of_eq_14_are_in_float32_under_autocast(structure, monkeypatch):
+    """Ω follows the order of w̃, and of many tokens that matter little the weights are one number in bfloat16."""
+    rows, first_row = [], vit.Attention.first_row
+
+    def recorded(attn, q, k):
+        rows.append((q, k, first_row(attn, q, k)))
+        return rows[-1][-1]
+    monkeypatch.setattr(vit.Attention, 'first_row', recorded)
+    torch.manual_seed(0)
+    backbone = vit.build('vit_nano_patch8_48', Path(__file__).parent / 'nano.pth')
+    model = IVPT(backbone, 9, 10, 10, structure, False, 'topk' if structure == 'cdc' else 'none')
+    with torch.autocast('cpu', torch.bfloat16):
+        look(model, torch.randn(4, 3, 48, 48))
+    assert len(rows) == (5 if structure == 'cdc' else 6)  # where the class token asks alone, there is no row
+    for q, k, w in rows:
+        assert q.dtype == k.dtype == torch.bfloat16 and w.dtype == torch.float32
+        exact = first_row(backbone.blocks[0].attn, q.double(), k.double())
+        torch.testing.assert_close(w.double(), exact, rtol=1e-5, atol=1e-7)
+
+
+def test_the_one_query_of_the_last_layer_weighs_in_float32_under_autocast():
+    """Its weights, which Figure 7 shows, are float64's to float32's rounding; what it puts out is in bfloat16."""
+    attn = vit.build('vit_nano_patch8_48', Path(__file__).parent / 'nano.pth').blocks[-1].attn
+    torch.manual_seed(0)
+    tokens = torch.randn(4, 1, 96), torch.randn(4, 36, 96), torch.randn(10, 96)
+    with torch.autocast('cpu', torch.bfloat16):
+        out, w = attn(*tokens)
+        out_, w_ = attn(*(x.bfloat16() for x in tokens))  # what is half already is welcome too
+    exact, w_exact = attn.double()(*(x.double() for x in tokens))
+    torch.testing.assert_close(w.double(), w_exact, rtol=1e-4, atol=1e-7)
+    assert w_.dtype == w.dtype == torch.float32 and out.dtype == out_.dtype == torch.bfloat16
+    assert (out - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 # ---- Whether prompts are in the softmax -----------------------------------------------------------------

@@ -5,11 +5,17 @@ The protocol is VTAB-1k's: 800 pictures to train on, 200 to choose settings on, 
 
 import io
 import itertools
+import logging
+import os
+import resource
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from pictures import no_network, oxford, save_picture, tiny, vtab  # noqa: F401
@@ -135,6 +141,50 @@ def test_val_is_learned_from_only_when_test_is_scored(score_on, learned, scored,
     assert not learn & score
 
 
+# ---- What tells them from others ------------------------------------------------------------------------
+
+
+def differing(one, two):
+    """The parts of two digests that are not the same."""
+    assert one.keys() == two.keys()
+    return {name for name in one if one[name] != two[name]}
+
+
+def test_moving_the_data_folder_is_no_difference(tmp_path):
+    vtab(tmp_path / 'here')
+    config, task = pets(tmp_path / 'here')
+    before = data.digest(task, config)
+    (tmp_path / 'here').rename(tmp_path / 'there')
+    config, task = pets(tmp_path / 'there')
+    assert data.digest(task, config) == before
+    assert len(before) == 10 and before['test names'].startswith('5 ') and before['class names'].startswith('37 ')
+
+
+@pytest.mark.parametrize('change, parts', [
+    (lambda folder: save_picture(folder / 'images/test/000003.jpg', 99, width=80), {'test sizes'}),
+    (lambda folder: (folder / 'val200.txt').write_text(
+        ''.join(f'images/val200/00000{i}.jpg {i + 5}\n' for i in range(3))), {'val labels'}),
+    (lambda folder: (folder / 'test.txt').write_text(
+        ''.join(f'images/test/00000{i}.jpg {i + 2}\n' for i in range(4))), {'test names', 'test labels', 'test sizes'}),
+    (lambda folder: (folder / 'images/train800').rename(folder / 'images/a') and (folder / 'train800.txt').write_text(
+        (folder / 'train800.txt').read_text().replace('train800', 'a')), {'train names'})])
+def test_other_pictures_labels_and_names_are_differences(change, parts, tmp_path):
+    folder = vtab(tmp_path)
+    config, task = pets(tmp_path)
+    before = data.digest(task, config)
+    change(folder)
+    config, task = pets(tmp_path)
+    assert differing(before, data.digest(task, config)) == parts
+
+
+def test_other_classes_and_another_order_are_differences():
+    samples = [(torch.full((3, 4, 4), i, dtype=torch.uint8), i) for i in range(3)]
+    config, task = tiny(), data.Task(samples, samples[:2], samples[:1], ['a', 'b', 'c'])
+    other = data.Task(samples[::-1], samples[:2], [(samples[1][0], 0)], ['a', 'c', 'b'])
+    assert differing(data.digest(task, config), data.digest(other, config)) == {
+        'class names', 'train names', 'train labels', 'test names'}
+
+
 # ---- From files to pictures -----------------------------------------------------------------------------
 
 
@@ -151,6 +201,27 @@ def test_every_kind_of_picture_becomes_rgb():
     for array in (grey, np.stack([grey] * 3, -1), np.stack([grey] * 4, -1)):
         picture = data.read_image(png(array), (8, 8))
         assert picture.dtype == torch.uint8 and torch.equal(picture, torch.from_numpy(grey).expand(3, 8, 8))
+
+
+@pytest.mark.parametrize('kind, dtype', [('png', '<u2'), ('tiff', '<u2'), ('tiff', '>u2')])
+def test_grey_levels_of_16_bits_go_from_black_to_white(kind, dtype, tmp_path):
+    levels = np.linspace(0, 65535, 64).round().reshape(8, 8)
+    Image.fromarray(levels.astype(dtype)).save(tmp_path / f'a.{kind}')
+    picture = data.read_image(tmp_path / f'a.{kind}', (8, 8))
+    naive = torch.from_numpy(levels / 65535 * 255).expand(3, 8, 8)
+    torch.testing.assert_close(picture.double(), naive, rtol=0, atol=0.51)
+
+
+def test_a_16_bit_picture_that_older_versions_of_pillow_read_in_32_bits_is_the_same():
+    image = Image.fromarray(np.full((8, 8), 65535, dtype=np.int32))
+    assert np.asarray(data.eight_bits(image, 'PNG')).max() == 255
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.int32])
+def test_grey_levels_whose_range_is_not_known_are_refused_by_name(dtype, tmp_path):
+    Image.fromarray(np.linspace(0, 1000, 64).reshape(8, 8).astype(dtype)).save(tmp_path / 'a.tiff')
+    with pytest.raises(InputError, match='a.tiff: not an image.*range is not known.*8 or 16'):
+        data.read_image(tmp_path / 'a.tiff', (8, 8))
 
 
 def test_a_photograph_that_was_taken_sideways_stands_upright():
@@ -194,7 +265,7 @@ def test_pictures_in_memory_are_on_the_device_and_are_cropped_and_flipped_there(
     oxford(tmp_path)
     config, task = pets(tmp_path)
     kept = [picture for picture, _ in data.in_memory(task.train, config, torch.device('meta'))]
-    images = data.augment(kept, config, torch.Generator())
+    images = data.augment(kept, config.img_size, torch.rand(len(kept), 3))
     assert {x.device.type for x in (*kept, images)} == {'meta'}
     assert images.shape == (len(kept), 3, config.img_size, config.img_size) and images.dtype == torch.uint8
 
@@ -203,6 +274,134 @@ def test_what_does_not_fit_in_memory_stays_in_its_files(tmp_path):
     oxford(tmp_path)
     config, task = pets(tmp_path, cache_gb=0)
     assert data.in_memory(task.train, config, CPU) is task.train
+
+
+@pytest.mark.parametrize('free, moved', [(2.0, True), (1.9, False)])
+def test_pictures_take_no_more_than_half_of_what_is_free_on_a_gpu(free, moved, tmp_path, monkeypatch):
+    """A machine without a GPU is told what one has free, and what is sent there is watched."""
+    oxford(tmp_path)
+    config, task = pets(tmp_path)
+    needed, sent = sum(picture.nbytes for picture, _ in task.train), []
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (int(free * needed), 10 * needed))
+    monkeypatch.setattr(torch.Tensor, 'to', lambda x, device: sent.append(device) or x)
+    kept = data.in_memory(task.train, config, torch.device('cuda'))
+    assert isinstance(kept, list) and len(kept) == len(task.train)
+    assert sent == [torch.device('cuda')] * len(kept) * moved
+
+
+def test_a_batch_goes_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch):
+    x, did = torch.zeros(3), []
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda x: did.append('pinned') or x)
+    monkeypatch.setattr(torch.Tensor, 'to', lambda x, device, non_blocking: did.append((device.type, non_blocking)) or x)
+    for device in (torch.device('cuda'), CPU):
+        data.send(x, device)
+    assert did == ['pinned', ('cuda', True), ('cpu', False)]
+
+
+@pytest.mark.parametrize('cache_gb, looks', [(8.0, 1), (0.0, 2)])
+def test_no_test_picture_is_decoded_twice_but_where_there_is_no_room_to_keep_it(cache_gb, looks, tmp_path, monkeypatch):
+    vtab(tmp_path)
+    read_image, seen = data.read_image, []
+    monkeypatch.setattr(data, 'read_image', lambda path, size: [seen.append(path), read_image(path, size)][1])
+    config = tiny('pets', data=str(tmp_path), runs=str(tmp_path / 'runs'), cache_gb=cache_gb, img_size=24, k=2, epochs=1)
+    train.run(config)
+    test = [path for path, _ in data.load(config).test.samples]
+    assert sorted(path for path in seen if path in test) == sorted(test * looks)
+
+
+@pytest.mark.parametrize('cache_gb', [8.0, 0.0])
+def test_a_broken_test_picture_is_named_before_training_begins(cache_gb, tmp_path, monkeypatch):
+    (broken := vtab(tmp_path) / 'images/test/000003.jpg').write_bytes(b'<html>')
+    monkeypatch.setattr(train, 'train', lambda *args: pytest.fail('it trains'))
+    with pytest.raises(InputError, match=f'{broken}: not an image'):
+        train.run(tiny('pets', data=str(tmp_path), runs=str(tmp_path / 'runs'), cache_gb=cache_gb, img_size=24, k=2))
+
+
+# ---- Threads that decode --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('workers', [0, 1, 3, 50])
+def test_what_is_decoded_by_threads_comes_in_order(workers):
+    def work(i):
+        time.sleep((7 * i % 5) / 1000)
+        return i
+    assert list(data.decoded(work, range(20), workers)) == list(range(20))
+    assert list(data.decoded(work, [], workers)) == []
+
+
+def test_a_set_that_does_not_fit_in_memory_is_not_decoded_ahead_without_end():
+    begun = []
+    for n, _ in zip(range(30), data.decoded(begun.append, range(1000), 3)):
+        time.sleep(0.001)  # a training step, longer than it takes to decode
+        assert n < len(begun) <= n + 6
+
+
+def test_an_error_of_a_thread_is_raised_as_it_is_in_its_turn():
+    def work(i):
+        if i == 5:
+            raise InputError('image 5')
+        return i
+    found = data.decoded(work, range(20), 3)
+    assert [next(found) for _ in range(5)] == list(range(5))
+    with pytest.raises(InputError, match='^image 5$'):
+        next(found)
+
+
+def test_threads_end_with_the_epoch_even_where_it_is_left_early():
+    before = threading.active_count()
+    found = data.decoded(lambda i: time.sleep(0.001), range(1000), 4)
+    next(found)
+    assert threading.active_count() == before + 4
+    found.close()
+    assert threading.active_count() == before
+
+
+def test_ctrl_c_while_pictures_are_decoded_is_no_traceback_of_a_thread(capfd):
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        for _ in data.decoded(lambda i: os.kill(os.getpid(), signal.SIGINT) if i == 9 else time.sleep(0.01), range(99), 2):
+            pass
+    assert threading.active_count() == before and capfd.readouterr() == ('', '')
+
+
+def test_where_no_thread_can_be_started_pictures_are_decoded_without_and_one_line_says_so(monkeypatch, caplog):
+    def refused(self):
+        raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(threading.Thread, 'start', refused)
+    data.warn.cache_clear()
+    with caplog.at_level(logging.WARNING, 'ivpt'):
+        for _ in range(3):  # epochs
+            assert list(data.decoded(str, range(9), 2)) == list('012345678')
+    assert len(caplog.messages) == 1 and '\n' not in caplog.messages[0] and '--set workers=0' in caplog.messages[0]
+
+
+def test_a_run_on_pictures_in_files_needs_few_open_files_and_no_processes(tmp_path, monkeypatch):
+    """A container may have next to no shared memory, through which processes would hand pictures over."""
+    vtab(tmp_path)
+    config = tiny('pets', data=str(tmp_path), runs=str(tmp_path), cache_gb=0.0, workers=4, img_size=24, k=2, epochs=1)
+    monkeypatch.setattr(os, 'fork', lambda: pytest.fail('a process is started'))
+    limits, opened = resource.getrlimit(resource.RLIMIT_NOFILE), open(os.devnull)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened.fileno() + 6, limits[1]))  # one for each thread, and one
+        assert train.run(config)['images'] == 5
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        opened.close()
+
+
+@pytest.mark.parametrize('cpus, processes, threads', [(12, None, 8), (3, None, 3), (1, None, 1), (12, 2, 4), (12, 16, 1)])
+def test_auto_is_a_thread_for_each_cpu_of_the_process_at_most_8_divided_among_processes(
+        cpus, processes, threads, monkeypatch):
+    if processes:
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
+    config = tiny(workers=3)
+    assert data.workers_of(config) == 3
+    config.workers = 'auto'
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(cpus)), raising=False)
+    assert data.workers_of(config) == threads
+    monkeypatch.delattr(os, 'sched_getaffinity')
+    monkeypatch.setattr(os, 'cpu_count', lambda: cpus)
+    assert data.workers_of(config) == threads
 
 
 # ---- From pictures to batches ---------------------------------------------------------------------------
@@ -252,6 +451,20 @@ def test_an_epoch_is_the_same_from_files_from_memory_and_from_workers(tmp_path):
         assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
 
 
+pairs = st.tuples(st.integers(0, 4293), st.integers(0, 999_999))  # seed and epoch
+
+
+@given(pairs, pairs)
+@example((0, 1), (1, 0))
+@example((0, 999_999), (1, 0))
+@example((0, 0), (4293, 999_999))
+def test_no_two_pairs_of_seed_and_epoch_share_an_order_of_images(one, other):
+    """Torch takes 32 bits of a seed: further up two of them may be one."""
+    orders = [epoch_of(numbered(40, 1), tiny(img_size=1, seed=seed, batch=40), epoch)[1].tolist() for seed, epoch in (one, other)]
+    assert (orders[0] == orders[1]) == (one == other)
+    assert max(1_000_003 * seed + epoch for seed, epoch in (one, other)) < 2 ** 32
+
+
 def windows(n, augment, epoch=0):
     """(top, left, flipped) of each of n windows of 6 x 6, cut from one picture of 9 x 11 whose colours are
     its coordinates. That it is a window at all is asserted here."""
@@ -274,6 +487,14 @@ def test_training_crops_are_windows_of_the_picture_and_reach_all_of_it():
     assert {(top, left) for top, left, _ in found} == set(itertools.product(range(4), range(6)))
     assert {flipped for *_, flipped in found} == {True, False}
     assert max(found.count(window) for window in set(found)) < 60  # of 1000 in 48 kinds: none is preferred
+
+
+def test_every_window_occurs_flipped_and_not_flipped_equally_often():
+    found = windows(2000, 'crop_flip')
+    assert set(found) == set(itertools.product(range(4), range(6), (False, True)))
+    for axis in (0, 1):  # a flip says nothing of where the window is
+        for place in {window[axis] for window in found}:
+            assert 0.4 < np.mean([flipped for *at, flipped in found if at[axis] == place]) < 0.6
 
 
 def test_about_half_of_the_training_pictures_are_flipped():
@@ -315,20 +536,20 @@ QUESTIONS = [(n, colour) for n in (1, 4, 6) for colour in list(data.COLOURS)[:n]
 @pytest.mark.parametrize('size', [32, 48, 96])
 @pytest.mark.parametrize('n_shapes, ask', QUESTIONS)
 def test_the_colour_that_is_asked_for_lies_in_the_cell_of_the_label_and_in_no_other(n_shapes, ask, size):
-    images, labels = data.draw_shapes(60, ask, n_shapes=n_shapes, noise=0, size=size)
+    images, labels = data.draw_shapes(60, ask, n_shapes=n_shapes, grain=0, size=size)
     assert (is_colour(middles(images, size), ask) == np.eye(9, dtype=bool)[labels]).all()
 
 
 @pytest.mark.parametrize('n_shapes', [1, 4, 6])
 def test_each_colour_has_a_cell_of_its_own(n_shapes):
-    cells = middles(data.draw_shapes(200, 'red', n_shapes=n_shapes, noise=0)[0])
+    cells = middles(data.draw_shapes(200, 'red', n_shapes=n_shapes, grain=0)[0])
     for i, colour in enumerate(data.COLOURS):
         assert (is_colour(cells, colour).sum(1) == (i < n_shapes)).all()
 
 
 def test_the_frame_has_the_colour_that_is_asked_for_and_never_purple():
     """The backbone that comes with this project was never asked for purple or cyan."""
-    images, labels = data.draw_shapes(300, 'frame', noise=0)
+    images, labels = data.draw_shapes(300, 'frame', grain=0)
     frame = images[:, :, 0, 0].astype(int)
     assert (np.abs(middles(images)[np.arange(300), labels] - frame) <= 1).all()
     assert (images[:, :, [0, 1, 2, 45, 46, 47]] == images[:, :, :1, :1]).all()  # it goes all around
@@ -338,7 +559,7 @@ def test_the_frame_has_the_colour_that_is_asked_for_and_never_purple():
 
 
 def test_pictures_downstream_have_no_frame():
-    corners = data.draw_shapes(100, 'blue', noise=0)[0][:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
+    corners = data.draw_shapes(100, 'blue', grain=0)[0][:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert (corners == corners[:, :1, :1]).all()  # grey, as the background
     assert len(set(corners[:, 0, 0].tolist())) > 30
 
@@ -349,8 +570,8 @@ def test_every_cell_is_the_answer_about_as_often():
         assert len(counts) == 9 and (abs(counts - 200) < 60).all()
 
 
-def test_noise_has_the_standard_deviation_that_was_asked_for():
-    noisy, plain = (data.draw_shapes(50, 'blue', noise=noise)[0].astype(float) for noise in (8, 0))
+def test_grain_has_the_standard_deviation_that_was_asked_for():
+    noisy, plain = (data.draw_shapes(50, 'blue', grain=noise)[0].astype(float) for noise in (8, 0))
     inside = (plain > 40) & (plain < 215)  # where nothing is clipped
     assert abs((noisy - plain)[inside].std() - 8) < 0.2
 
@@ -371,7 +592,7 @@ def test_no_picture_of_shapes_is_in_two_sets(ask):
 
 
 def test_the_questions_are_asked_about_the_same_pictures_but_not_about_those_of_pre_training():
-    blue, red, framed = (data.load(tiny(ask=ask, noise=0)).test for ask in ('blue', 'red', 'frame'))
+    blue, red, framed = (data.load(tiny(ask=ask, grain=0)).test for ask in ('blue', 'red', 'frame'))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(blue, red))
     assert [label for _, label in blue] != [label for _, label in red]
     inside = [{picture[:, 3:-3, 3:-3].numpy().tobytes() for picture, _ in part} for part in (blue, framed)]

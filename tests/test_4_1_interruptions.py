@@ -1,15 +1,18 @@
 """Whatever happens to a run, what was computed is there, and going on gives what never stopping gives."""
 
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
-from pictures import no_network, oxford, run, tiny  # noqa: F401
+from pictures import CONFIGS, no_network, oxford, run, tiny  # noqa: F401
 
 import data
 import faults
@@ -188,6 +191,36 @@ def test_other_settings_are_refused_with_the_difference_and_again_takes_them(
     assert train.run(changed, again=True)['config'][name] == value
 
 
+FREE = ['data', 'runs', 'point', 'workers', 'cache_gb', 'grid', 'weights', 'normalisation', 'paper_accuracy', 'paper_params',
+        'paper_backbone_params']
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """Goes on with a finished run as if it had been begun with other settings: a new value, or None for none."""
+    config = tiny(runs=str(tmp_path_factory.mktemp('finished')), method='linear', img_size=24, epochs=1)
+    result = train.run(config)
+
+    def begun_with(name, value):
+        begun = {**vars(config), name: value} if value else {x: vars(config)[x] for x in vars(config) if x != name}
+        train.write_result(train.folder_of(config), result | {'config': begun})
+        return train.run(config)['accuracy'] == result['accuracy']
+    return begun_with
+
+
+@pytest.mark.parametrize('name', FREE)
+@pytest.mark.parametrize('value', ['another', None])
+def test_a_setting_of_this_list_may_change_or_be_missing(name, value, finished):
+    assert finished(name, value)
+
+
+@pytest.mark.parametrize('name', sorted({*CONFIGS['defaults'], 'of_old'} - {*FREE}))
+def test_any_other_setting_is_refused_when_it_changes_and_when_only_one_of_two_runs_has_it(name, finished):
+    for value in ('another', *([None] if name in CONFIGS['defaults'] else [])):
+        with pytest.raises(train.InputError, match=rf'\b{name} .*--again'):
+            finished(name, value)
+
+
 def test_settings_that_change_no_number_are_free(tmp_path, monkeypatch, uninterrupted):
     stop_at(monkeypatch, 2, 0)
     with pytest.raises(KeyboardInterrupt):
@@ -282,7 +315,31 @@ def test_nothing_that_is_set_aside_replaces_what_was_set_aside_before(tmp_path):
     assert sorted(path.read_text() for path in tmp_path.iterdir()) == ['0', '1', '2']
 
 
+class Code:
+    """What a pickle can hold: a call."""
+
+    def __reduce__(self):
+        return print, ('this was run',)
+
+
+def test_a_checkpoint_with_a_right_digest_and_code_in_it_is_set_aside_and_not_run(tmp_path, capsys):
+    config, file = settings(tmp_path), io.BytesIO()
+    torch.save(Code(), file)
+    path = train.folder_of(config) / train.CHECKPOINTS[0]
+    train.write(path, train.digest(file.getvalue()).encode() + file.getvalue())
+    train.run(config)
+    out = capsys.readouterr().out
+    assert 'is no checkpoint: set aside as' in out and 'this was run' not in out
+
+
 # ---- Files that cannot be written -----------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_the_first_epoch(tmp_path, capfd):
+    (tmp_path / 'file').write_text('')
+    assert run(tmp_path / 'file', '--method', 'linear', img_size=24) == 2
+    out, err = capfd.readouterr()
+    assert err.count('\n') == 1 and 'cannot be written' in err and 'epoch  ' not in out
 
 
 def test_a_disk_that_is_full_is_one_line_and_the_epochs_before_are_whole(tmp_path, monkeypatch, capfd, uninterrupted):
@@ -290,7 +347,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_epochs_before_are_whole(tmp_pat
 
     def full(number):
         calls.append(number)
-        if len(calls) > 5:  # two files an epoch: the checkpoint of the third is written, its log is not
+        if len(calls) > 6:  # the log, then two files an epoch: the checkpoint of the third is written, its log is not
             raise OSError(28, 'No space left on device')
         fsync(number)
     monkeypatch.setattr(train.os, 'fsync', full)
@@ -332,36 +389,50 @@ def test_what_is_wrong_with_one_run_does_not_keep_the_next_from_its_turn(tmp_pat
     assert len(list(tmp_path.rglob('result.json'))) == 2
 
 
-# ---- Signals, in a process of its own -------------------------------------------------------------------
+# ---- Signals, and two at once: in processes of their own ------------------------------------------------
 
 
-def command(folder):
-    """A tiny run of its own process, with 40 epochs."""
-    changes = vars(settings(folder)) | {'epochs': 40}
-    names = ('n_train', 'n_val', 'n_test', 'epochs', 'batch', 'workers', 'img_size', 'runs')
-    return [sys.executable, str(Path(train.__file__)), '--model', 'vit_nano_patch8_48', '--method', 'ivpt', '--weights', '',
-            '--set', *(f'{name}={changes[name]}' for name in names)]
+def signal_at(number, step):
+    """For a child: send yourself a signal in a step, counted from 0."""
+    steps, loss = [], F.cross_entropy
+
+    def cross_entropy(*args):
+        steps.append(1)
+        if len(steps) == step + 1:
+            os.kill(os.getpid(), number)
+        return loss(*args)
+    F.cross_entropy = cross_entropy
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
+    process = subprocess.Popen([sys.executable, train.__file__, '--report', '--set', f'runs={tmp_path}'],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.5)  # torch alone takes longer
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode in (-signal.SIGINT, 130) and 'Traceback' not in err
 
 
 @pytest.mark.parametrize('name, status', [('SIGINT', 130), ('SIGTERM', 143)])
-def test_ctrl_c_and_sigterm_end_with_one_line_and_their_status_and_the_run_can_go_on(name, status, tmp_path, uninterrupted):
-    argv = command(tmp_path)
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith('epoch   2'):
-            process.send_signal(getattr(signal, name))
-            break
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == status
-    assert err.count('\n') == 1 and 'the same command goes on from there' in err and 'Traceback' not in err
-    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-    assert 'resumed   after epoch' in said
+def test_ctrl_c_and_sigterm_end_with_one_line_and_their_status_and_the_run_goes_on_as_if_nothing_had_been(
+        name, status, tmp_path, uninterrupted):
+    runs = tmp_path / 'runs'
+    pid = faults.child(runs, lambda: signal_at(getattr(signal, name), step=10), 'epochs=4')  # 4 steps an epoch
+    assert faults.ended(pid) == status
+    err = faults.said(runs, 'err')
+    assert err.count('\n') == 1 and 'stopped in epoch 3 of 4' in err and 'the same command goes on from there' in err
+    assert faults.ended(faults.child(runs, lambda: None, 'epochs=4')) == 0
+    assert 'resumed   after epoch 2 of 4' in faults.said(runs)
+    assert same(outcome(settings(runs)), uninterrupted('ivpt'))
 
 
 def test_two_processes_on_the_same_run_leave_what_one_leaves(tmp_path, uninterrupted):
-    processes = [subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    config = settings(tmp_path)
+    def slow():
+        fsync = os.fsync
+        os.fsync = lambda number: (time.sleep(0.02), fsync(number))  # they write at the same time
+    pids = [faults.child(tmp_path / 'runs', slow, 'epochs=4') for _ in range(2)]
+    assert [faults.ended(pid) for pid in pids] == [0, 0]
     assert not list(tmp_path.rglob('*.part')) and not list(tmp_path.rglob('*.damaged*'))
+    config = settings(tmp_path / 'runs')
     train.open_run(train.folder_of(config), CPU)  # the result is of the parameters beside it
-    assert outcome(config)[0].keys() == uninterrupted('ivpt')[0].keys()
+    assert same(outcome(config), uninterrupted('ivpt'))

@@ -3,6 +3,7 @@ of the last epoch. And what a run writes down."""
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import CONFIGS, run, tiny
+from pictures import CONFIGS, folder_of, run, tiny
 
 import data
 import ivpt
@@ -105,8 +106,8 @@ def gradients(model, images, labels):
 
 @pytest.mark.parametrize('method', METHODS)
 def test_the_loop_is_sgd_with_momentum_written_by_hand(method):
-    """Section 4.1: v <- μ v + g + λ θ and θ <- θ - lr v, for four steps."""
-    how = dict(epochs=2, n=10, lr=0.2, momentum=0.8, weight_decay=0.1, warmup=0.5)
+    """Section 4.1: v <- μ v + g + λ θ and θ <- θ - lr v, for four steps; λ = 0 for γ and the head's bias."""
+    how = dict(epochs=2, n=10, lr=0.2, momentum=0.8, weight_decay=0.1, warmup=0.5, optimizer='SGD')
     model, pictures, config = small(method, **how)
     list(train.train(model, train.make_optimizer(model, config), pictures, config, CPU))
 
@@ -118,7 +119,7 @@ def test_the_loop_is_sgd_with_momentum_written_by_hand(method):
             lr = 0.2 * [1 / 2, 1, 1, 1 / 2][2 * epoch + i]
             for name, p in naive.named_parameters():
                 if name in g:
-                    velocity[name] = 0.8 * velocity.get(name, 0) + g[name] + 0.1 * p.data
+                    velocity[name] = 0.8 * velocity.get(name, 0) + g[name] + 0.1 * (name not in ('gamma', 'head.bias')) * p.data
                     p.data -= lr * velocity[name]
     assert len(velocity) > 1
     for name, x in naive.state_dict().items():
@@ -126,7 +127,7 @@ def test_the_loop_is_sgd_with_momentum_written_by_hand(method):
 
 
 def test_pre_training_is_adamw_written_by_hand():
-    """One step from rest: θ <- θ - lr λ θ - lr g / (|g| + ε)."""
+    """One step from rest: θ <- θ - lr λ θ - lr g / (|g| + ε), and no bias decays, as in VPT's code."""
     how = dict(epochs=1, n=5, optimizer='AdamW', lr=0.01, weight_decay=0.5, warmup=0.0)
     model, pictures, config = small('full', **how)
     list(train.train(model, train.make_optimizer(model, config), pictures, config, CPU))
@@ -134,7 +135,7 @@ def test_pre_training_is_adamw_written_by_hand():
     (images, labels), = data.batches(pictures, config, CPU, 0)
     g = gradients(naive, images, labels)
     for name, p in naive.named_parameters():
-        expected = p.data - 0.01 * 0.5 * p.data - 0.01 * g[name] / (g[name].abs() + 1e-8)
+        expected = p.data - 0.01 * 0.5 * (not name.endswith('bias')) * p.data - 0.01 * g[name] / (g[name].abs() + 1e-8)
         sure = g[name].abs() > 1e-5  # elsewhere the sign of g is a matter of rounding
         torch.testing.assert_close(model.state_dict()[name][sure], expected[sure], rtol=1e-4, atol=1e-5)
 
@@ -213,7 +214,7 @@ def test_where_training_starts_depends_on_the_seed_and_on_nothing_else():
 def test_one_seed_gives_the_same_bits_twice_and_another_seed_others(method, tmp_path):
     def params(name, seed):
         train.run(tiny(method=method, runs=str(tmp_path / name), seed=seed, img_size=24))
-        return torch.load(tmp_path / name / 'where_blue' / method / f'seed{seed}' / 'params.pth', weights_only=True)
+        return torch.load(tmp_path / name / 'where_blue' / 'vit_nano_patch8_48' / method / f'seed{seed}' / 'params.pth', weights_only=True)
     first, again, other = params('first', 0), params('again', 0), params('other', 1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in ('head.weight', *first.keys() & {'P'}))
@@ -277,10 +278,6 @@ def test_test_pictures_are_looked_at_once_after_the_last_epoch(tmp_path, monkeyp
 # ---- What a run writes ----------------------------------------------------------------------------------
 
 
-def folder_of(runs, method='ivpt', task='where_blue', seed=0):
-    return runs / task / method / f'seed{seed}'
-
-
 @pytest.mark.parametrize('method', METHODS)
 def test_the_saved_parameters_are_those_that_were_trained_alone_and_give_the_same_logits(method, tmp_path):
     kept = {}
@@ -326,16 +323,28 @@ def test_a_run_leaves_its_settings_a_line_an_epoch_the_parameters_and_the_result
     assert result['trained_parameters'] == sum(x.numel() for x in torch.load(folder / 'params.pth', weights_only=True).values())
 
 
-def test_nothing_of_an_older_run_stays_beside_one_that_starts_over(tmp_path, monkeypatch):
-    """A run that stops in its first epoch has no result and no parameters, not those of the run before."""
-    def stopped(*args):
+def test_an_old_run_stays_whole_until_the_one_that_is_made_again_has_ended(tmp_path, monkeypatch):
+    """And the same command goes on from where it was stopped; what was stopped with other settings is dropped."""
+    def contents():
+        return {path.name: path.read_bytes() for path in folder_of(tmp_path).iterdir() if path.is_file()}
+
+    def stopped(*args, whole=train.train):
+        yield next(whole(*args))
         raise KeyboardInterrupt
-        yield
-    train.run(tiny(runs=str(tmp_path), img_size=24))
-    monkeypatch.setattr(train, 'train', stopped)
-    with pytest.raises(KeyboardInterrupt):
-        train.run(tiny(runs=str(tmp_path), img_size=24, lr=0.5), again=True)
-    assert not list(folder_of(tmp_path).iterdir())
+    first, changed = tiny(runs=str(tmp_path), img_size=24), tiny(runs=str(tmp_path), img_size=24, lr=0.5)
+    train.run(first)
+    old = contents()
+    for config in (changed, tiny(runs=str(tmp_path), img_size=24, lr=0.4), changed):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train, 'train', stopped)
+            train.run(config, again=True)
+        assert contents() == old and train.run(first)['config']['lr'] == first.lr
+    result = train.run(changed, again=True)
+    assert json.loads(contents()['result.json']) == result and result['config']['lr'] == 0.5
+    assert set(contents()) == set(old) and not (folder_of(tmp_path) / 'again').exists()
+    once = train.run(tiny(runs=str(tmp_path / 'once'), img_size=24, lr=0.5))
+    assert contents()['params.pth'] == (folder_of(tmp_path / 'once') / 'params.pth').read_bytes()
+    assert once['accuracy'] == result['accuracy']
 
 
 def test_a_run_from_the_command_line_ends_with_status_0_and_says_what_it_did(tmp_path, capsys):
@@ -346,17 +355,25 @@ def test_a_run_from_the_command_line_ends_with_status_0_and_says_what_it_did(tmp
     out, err = capsys.readouterr()
     assert not err
     for said in ('where_blue: 40 + 10 images', '20 for testing', 'vit_nano_patch8_48', 'weights random',
-                 'P [6, 10, 96]', 'gamma [5, 10, 10]', 'P_re [5, 4, 96]', 'head.weight [9, 96]', '0.60M'):
+                 'P [6, 10, 96]', 'gamma [5, 10, 10]', 'P_re [5, 4, 96]', 'head.weight [9, 96]', 'mean [0.5, 0.5, 0.5]'):
         assert said in out
     assert out.count('epoch   2/2') == 4 and out.count('% of 20 images') == 4
     assert len([line for line in out.splitlines() if line.startswith('where_blue  ')]) == 4  # the summary
 
 
-def test_the_papers_accuracy_is_printed_beside_ours(tmp_path, capsys):
-    config = tiny(runs=str(tmp_path), img_size=24)
+@pytest.mark.parametrize('score_on', ['test', 'val'])
+def test_the_papers_accuracy_is_printed_beside_a_test_accuracy_and_no_other(score_on, tmp_path, capsys):
+    config = tiny(method='linear', runs=str(tmp_path), img_size=24, epochs=1, score_on=score_on)
     config.paper_accuracy = 91.8
     train.run(config)
-    assert 'the paper: 91.8%' in capsys.readouterr().out
+    assert ('91.8' in capsys.readouterr().out) == (score_on == 'test')
+
+
+def test_a_run_whose_last_loss_is_above_a_guess_is_said_to_have_learned_nothing(tmp_path, capsys):
+    for lr, learned in (0.05, True), (1e6, False):
+        result = train.run(tiny(runs=str(tmp_path / str(lr)), img_size=24, lr=lr, momentum=0.0, method='linear', epochs=3))
+        out = capsys.readouterr().out
+        assert (result['final_loss'] < math.log(9)) == learned and ('has learned nothing' in out) == (not learned)
 
 
 # ---- The settings ---------------------------------------------------------------------------------------
@@ -377,9 +394,10 @@ def test_the_later_one_of_defaults_model_task_method_and_command_line_wins():
 @pytest.mark.parametrize('said, name, value', [
     ('lr=1e-3', 'lr', 0.001), ('lr=1', 'lr', 1.0), ('epochs=20', 'epochs', 20), ('bf16=false', 'bf16', False),
     ('mean=[0.1, 0.2, 0.3]', 'mean', [0.1, 0.2, 0.3]), ('ask=red', 'ask', 'red'), ('runs=a=b', 'runs', 'a=b'),
-    ('noise=2.5', 'noise', 2.5), ('cache_gb=0.5', 'cache_gb', 0.5), ('weights=', 'weights', '')])
+    ('grain=2.5', 'grain', 2.5), ('N=010', 'N', 10), ('runs=/x/h #1', 'runs', '/x/h #1'), ('runs=null', 'runs', 'null'),
+    ('runs=~/x', 'runs', os.path.expanduser('~/x')), ('cache_gb=0.5', 'cache_gb', 0.5), ('weights=', 'weights', '')])
 def test_any_setting_can_be_given_on_the_command_line(said, name, value):
-    _, changes = train.arguments(['--set', said])
+    _, changes = train.arguments(['--set', said], CONFIGS['defaults'])
     config, = train.settings(CONFIGS, 'where_blue', 'ivpt', changes=changes)
     assert getattr(config, name) == value and isinstance(getattr(config, name), type(value))
 
@@ -388,7 +406,7 @@ def test_any_setting_can_be_given_on_the_command_line(said, name, value):
 def test_task_method_and_model_can_be_set_as_the_others_or_are_refused(name, value, monkeypatch, capsys):
     """What would be worst: to take the setting and go on without it."""
     seen = []
-    result = dict(task='', method='', seed=0, accuracy=0.0, trained_parameters=0, seconds=0.0)
+    result = dict(task='', model='', method='', config={'weights': 'random'}, seed=0, accuracy=0.0, trained_parameters=0, seconds=0.0)
     monkeypatch.setattr(train, 'run', lambda config, again: seen.append(getattr(config, name)) or result)
     assert train.main(['--set', f'{name}={value}']) == 2 or set(seen) == {value}
     capsys.readouterr()
@@ -396,9 +414,9 @@ def test_task_method_and_model_can_be_set_as_the_others_or_are_refused(name, val
 
 def test_options_of_their_own_win_over_set(monkeypatch):
     seen = []
-    monkeypatch.setattr(train, 'run', lambda config, again: seen.append((config.weights, config.seed)) or None)
-    train.main(['--method', 'ivpt', '--weights', 'a.pth', '--seed', '3', '--set', 'weights=b.pth', 'seed=4'])
-    assert seen == [('a.pth', 3)]
+    monkeypatch.setattr(train, 'run', lambda config, again: seen.append(config.weights) or None)
+    train.main(['--method', 'ivpt', '--weights', 'a.pth', '--set', 'weights=b.pth'])
+    assert seen == ['a.pth']
 
 
 def test_every_task_model_and_method_of_configs_yaml_is_made_of_settings_that_are_known():
@@ -414,7 +432,7 @@ def test_every_task_model_and_method_of_configs_yaml_is_made_of_settings_that_ar
 
 
 def test_the_loop_of_pets_is_the_papers():
-    """Section 4.1: SGD, 100 epochs, 10 of them warm-up; momentum 0.9 and batch 64 are VPT's."""
+    """Section 4.1: SGD, 100 epochs, 10 of them warm-up; momentum 0.9 is VPT's, batch 64 ours."""
     config, = train.settings(CONFIGS, 'pets', 'ivpt')
     loop = dict(optimizer='SGD', epochs=100, warmup=0.1, momentum=0.9, batch=64)
     protocol = dict(n_train=800, n_val=200, augment='crop_flip', score_on='test')

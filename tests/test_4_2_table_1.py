@@ -399,6 +399,18 @@ def test_starts_as_the_frozen_vit(name):
     close(model(IMAGES), plain(model), atol=1e-12)
 
 
+@pytest.mark.parametrize('name', ['lora', 'gapt'])
+def test_what_is_read_is_the_backbones(name):
+    """MAE's: the mean of the image tokens, and so without prompts."""
+    backbone, read = tiny(), []
+    backbone.readout = 'mean'
+    model = system(name, backbone)
+    model.vit.norm.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    model.vit.blocks[-1].register_forward_hook(lambda *io: read.append(io[-1][0][:, 1:5].mean(dim=1)))
+    model(IMAGES)
+    close(read[1], read[0], atol=0)
+
+
 @pytest.mark.parametrize('name', ['ssf', 'sct', 'snf', 'bi_adapter'])
 def test_starts_near_the_frozen_vit(name):
     model = ready(name)

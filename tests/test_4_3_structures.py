@@ -327,7 +327,7 @@ COUNTS = {
 
 
 def test_every_method_of_configs_yaml_is_counted_here():
-    assert set(COUNTS) == set(CONFIGS['methods'])
+    assert set(COUNTS) == set(CONFIGS['methods']) - {'pretrain'}  # which is `full`
 
 
 @pytest.mark.parametrize('method', COUNTS)

@@ -37,7 +37,7 @@ def tasks_of(source):
 
 def load(task, folder, **changes):
     """The settings of a task as configs.yaml has them, but for a nano ViT, and the task."""
-    changes = {'data': str(folder), 'weights': '', 'workers': 0} | changes
+    changes = {'data': str(folder), 'weights': 'random', 'workers': 0} | changes
     config, = train.settings(CONFIGS, task, 'ivpt', 'vit_nano_patch8_48', changes)
     return config, data.load(config)
 
@@ -367,7 +367,7 @@ def test_a_bad_json_list_is_refused_by_name(content, said, tmp_path):
 
 # Any name of a file in a folder but one that a line cannot hold.
 names = st.text(st.characters(exclude_characters='\n\r\0', exclude_categories=['Cs']), min_size=1, max_size=20).filter(
-    lambda name: not Path(name).is_absolute() and '..' not in Path(name).parts)
+    lambda name: not Path(name).is_absolute() and '..' not in Path(name).parts and name == name.strip(' \t\ufeff'))
 samples = st.dictionaries(names, st.integers(0, 36), min_size=1, max_size=5).filter(
     lambda found: len({Path(name) for name in found}) == len(found))
 
@@ -394,6 +394,20 @@ def test_lists_hold_any_name_of_a_file(found):
     assert read_list(''.join(f'{name} {label}\n' for name, label in found.items()).encode()) == expected
     assert read_json(json.dumps(found).encode()) == expected
     assert read_json(json.dumps(found, ensure_ascii=False).encode()) == expected
+
+
+@pytest.mark.parametrize('change', [
+    lambda text: text + b'\n', lambda text: text.rstrip(), lambda text: text + b' \t\r\n\n',
+    lambda text: text.replace(b' ', b'\t'), lambda text: text.replace(b' ', b'   '),
+    lambda text: text.replace(b' ', b' \t '), lambda text: b'\xef\xbb\xbf' + text,
+    lambda text: text.replace(b'\n', b'\r\n')])
+def test_a_list_may_be_written_by_any_editor(change):
+    text = b'images/a.jpg 7\nimages/b.jpg 36\n'
+    assert read_list(change(text)) == [('images/a.jpg', 7), ('images/b.jpg', 36)]
+
+
+def test_a_json_list_may_start_with_a_byte_order_mark():
+    assert read_json(b'\xef\xbb\xbf{"a.jpg": 7}') == [('a.jpg', 7)]
 
 
 values = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
@@ -437,7 +451,8 @@ def own(root, **parts):
 def test_classes_are_the_folders_of_train_and_test_may_have_fewer(tmp_path):
     own(tmp_path, train={'cat': 6, 'a dog': 5, 'ähre': 4}, val={'cat': 1, 'ähre': 2}, test={'cat': 3})
     _, found = load('folder', tmp_path)
-    assert found.classes == ['a dog', 'cat', 'ähre'] and found.notes == [f'images in {tmp_path}']
+    assert found.classes == ['a dog', 'cat', 'ähre']
+    assert found.notes == [f'images in {tmp_path}', '2 of 3 classes have no test image, as a dog']
     assert [labels_of(part) for part in (found.train, found.val, found.test)] == [
         [0] * 5 + [1] * 6 + [2] * 4, [1, 2, 2], [1] * 3]
 
@@ -456,6 +471,28 @@ def test_a_folder_of_ones_own_is_learned(tmp_path, monkeypatch):
     own(tmp_path / 'data', train={'cat': 10, 'dog': 10}, test={'cat': 2, 'dog': 2})
     result = train.run(tiny('folder', data=str(tmp_path / 'data'), runs=str(tmp_path / 'runs'), epochs=1))
     assert result['classes'] == ['cat', 'dog'] and result['images'] == 4
+
+
+def test_files_that_are_no_images_for_torchvision_are_counted_and_told(tmp_path):
+    own(tmp_path, train={'cat': 3}, val={'cat': 1}, test={'cat': 2})
+    for file in ('train/cat/a.gif', 'train/cat/more/b.txt', 'test/cat/c.GIF'):
+        write(tmp_path / file, b'')
+    _, found = load('folder', tmp_path)
+    assert [len(part) for part in (found.train, found.val, found.test)] == [3, 1, 2]
+    note = 'are left out, no images for torchvision'
+    assert found.notes[1].startswith(f'2 files in {tmp_path / "train"} {note}: {tmp_path / "train" / "cat"}')
+    assert found.notes[2:] == [f'1 files in {tmp_path / "test"} {note}: {tmp_path / "test" / "cat" / "c.GIF"}']
+
+
+@pytest.mark.parametrize('name', ['.ipynb_checkpoints', '__MACOSX', '.git', '__pycache__'])
+def test_what_is_hidden_is_no_class_and_no_image(name, tmp_path):
+    own(tmp_path, train={'cat': 2, 'dog__1.5': 2}, val={'cat': 1}, test={'cat': 2, 'dog__1.5': 1})
+    for file in (f'train/{name}/0.png', f'test/{name}/0.png', f'train/cat/{name}/0.png', 'train/cat/._0.png',
+                 'train/cat/.DS_Store'):
+        write(tmp_path / file, b'')
+    _, found = load('folder', tmp_path)
+    assert found.classes == ['cat', 'dog__1.5'] and found.notes == [f'images in {tmp_path}']
+    assert [labels_of(part) for part in (found.train, found.test)] == [[0, 0, 1, 1], [0, 0, 1]]
 
 
 @pytest.mark.parametrize('parts, changes, said', [
@@ -528,26 +565,30 @@ def test_pictures_of_all_other_tasks_are_cropped_and_flipped(task):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_every_picture_is_decoded_once_and_a_broken_one_named(workers, tmp_path):
+@pytest.mark.parametrize('cache_gb', [8.0, 0.0])
+def test_every_picture_is_decoded_and_a_broken_one_named(cache_gb, workers, tmp_path):
     folder = vtab(tmp_path)
-    config, task = load('pets', tmp_path, workers=workers)
-    data.check(task.train + task.val, config)
-    (broken := folder / 'images' / 'test' / '000004.jpg').write_bytes(b'<html>')
-    with pytest.raises(InputError) as error:
-        data.check(task.test, config)
-    assert str(error.value).startswith(f'{broken}: not an image')
+    config, task = load('pets', tmp_path, workers=workers, cache_gb=cache_gb)
+    for part in (task.test, task.train + task.val):  # the second of two sets, too
+        data.in_memory(part, config, CPU)
+        path, _ = getattr(part, 'datasets', [part])[-1].samples[2]
+        data.DECODED.discard(path)
+        path.write_bytes(b'<html>')
+        with pytest.raises(InputError) as error:
+            data.in_memory(part, config, CPU)
+        assert str(error.value).startswith(f'{path}: not an image') and folder in path.parents
 
 
 def test_what_was_decoded_is_not_decoded_again(tmp_path, monkeypatch):
     vtab(tmp_path)
-    config, task = load('pets', tmp_path)
-    data.check(task.train, config)
+    config, task = load('pets', tmp_path, cache_gb=0)
+    data.in_memory(task.train, config, CPU)
     read_image, seen = data.read_image, []
     monkeypatch.setattr(data, 'read_image', lambda path, size: [seen.append(path), read_image(path, size)][1])
-    data.check(load('pets', tmp_path)[1].train + task.val, config)
+    data.in_memory(load('pets', tmp_path)[1].train + task.val, config, CPU)
     assert seen == [path for path, _ in task.val.samples]
 
 
 def test_pictures_in_memory_need_no_look():
     task = data.load(tiny())
-    data.check(task.train + task.val, tiny())
+    assert data.in_memory(task.train, tiny(cache_gb=0), CPU) is task.train

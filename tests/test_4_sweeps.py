@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from pictures import CONFIGS, no_network, run, tiny  # noqa: F401
+from pictures import CONFIGS, folder_of, images_tested, no_network, run, tiny  # noqa: F401
 
 import data
 import train
@@ -32,7 +32,7 @@ def test_a_group_stands_for_its_tasks_and_a_group_of_groups_for_all_of_theirs():
 def test_tasks_methods_and_seeds_are_multiplied_each_in_its_own_folder(tmp_path):
     assert run(tmp_path, '--method', 'linear,vpt', '--seed', '0,2', **SMALL) == 0
     found = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('result.json')}
-    assert found == {f'where_blue/{method}/seed{seed}' for method in ('linear', 'vpt') for seed in (0, 2)}
+    assert found == {f'where_blue/vit_nano_patch8_48/{method}/seed{seed}' for method in ('linear', 'vpt') for seed in (0, 2)}
 
 
 # ---- Search ---------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def scored(monkeypatch):
             if (accuracy := score(config)) is None:
                 raise train.Diverged('the loss is nan')
             return {'task': config.task, 'method': config.method, 'seed': config.seed, 'accuracy': accuracy,
-                    'trained_parameters': 1, 'seconds': 1.0}
+                    'trained_parameters': 1, 'seconds': 1.0, 'model': config.model, 'config': vars(config)}
         monkeypatch.setattr(train, 'run', run)
         return asked
     return use
@@ -77,7 +77,7 @@ def test_the_best_point_wins_and_of_equals_that_with_the_smaller_learning_rate(t
 def test_a_point_that_diverges_loses_and_the_others_go_on(tmp_path, scored, capsys):
     asked = scored(lambda config: None if config.lr > 0.2 else 0.0)
     assert search(tmp_path, lr=[0.4, 0.1, 0.3]) == {'lr': 0.1} and len(asked) == 3
-    kept = json.loads((tmp_path / 'where_blue/ivpt/seed0/search.json').read_text())
+    kept = json.loads((tmp_path / 'where_blue/vit_nano_patch8_48/ivpt/seed0/search.json').read_text())
     assert kept[0] == {'lr': 0.1, 'accuracy': 0.0} and [row['accuracy'] for row in kept[1:]] == [None, None]
     assert capsys.readouterr().out.count('diverged') == 2
 
@@ -99,15 +99,29 @@ def test_after_the_search_every_seed_is_trained_with_what_the_first_one_found_an
     assert sum(c.score_on == 'test' for c in asked) == 4
 
 
-def test_a_search_for_real_trains_on_train_alone_and_is_not_repeated(tmp_path, capsys):
+def test_a_search_for_real_trains_on_train_alone_and_is_repeated_by_again_alone(tmp_path, capsys):
     argv = '--method', 'vpt', '--search'
     assert run(tmp_path, *argv, grid='{lr: [0.1, 0.01]}', **SMALL) == 0
     said = capsys.readouterr().out
     assert said.count('% of 10 images') == 2 and said.count('% of 20 images') == 1  # validation, test
     assert run(tmp_path, *argv, grid='{lr: [0.1, 0.01]}', **SMALL) == 0
+    twice = capsys.readouterr().out
+    assert twice.count('finished before') == 3 and 'epoch' not in twice
+    assert run(tmp_path, *argv, '--again', grid='{lr: [0.1, 0.01]}', **SMALL) == 0
     again = capsys.readouterr().out
-    assert again.count('finished before') == 3 and 'epoch' not in again
-    assert train.read_result(tmp_path / 'where_blue/vpt/seed0')['score_on'] == 'test'
+    assert again.count('epoch   1/1') == 3 and again.count('% of 10 images') == 2 and 'finished' not in again
+    assert train.read_result(folder_of(tmp_path, 'vpt'))['score_on'] == 'test'
+
+
+@pytest.mark.parametrize('grid, best, said', [
+    ({'lr': [0.4, 0.2, 0.1]}, 0.4, 'the best lr, 0.4, is the last of the grid on its side'), ({'lr': [0.4, 0.2, 0.1]}, 0.2, ''),
+    ({'lr': [0.1, 0.4]}, 0.1, 'the best lr, 0.1, is'), ({'lr': [0.1]}, 0.1, ''), ({'weight_decay': [0.0, 0.1]}, 0.0, ''),
+    ({'weight_decay': [0.0, 0.1]}, 0.1, 'the best weight_decay, 0.1, is')])
+def test_a_search_says_when_its_best_point_lies_at_the_edge_of_the_grid(grid, best, said, tmp_path, scored, capsys):
+    scored(lambda config: getattr(config, *grid) == best)
+    search(tmp_path, **grid)
+    out = capsys.readouterr().out
+    assert (said in out) and ('look beyond' in out) == bool(said)
 
 
 @pytest.mark.parametrize('grid, said', [
@@ -127,20 +141,36 @@ def test_vpts_grid_is_the_default():
     assert config.grid['weight_decay'] == [0.01, 0.001, 0.0001, 0]
 
 
+def test_full_fine_tuning_and_bias_have_the_optimiser_and_the_rates_of_vpts_code():
+    """AdamW, {5e-3, 1e-3, 5e-4, 1e-4} * batch / 256, 5 of 100 epochs of warm-up; any decay but 0 is 0.01 there."""
+    for method in 'full', 'bias':
+        config, = train.settings(CONFIGS, 'pets', method)
+        assert sorted(lr * 256 / config.batch for lr in config.grid['lr']) == pytest.approx([1e-4, 5e-4, 1e-3, 5e-3])
+        assert config.grid['weight_decay'] == [0.01, 0.0]
+        assert (config.optimizer, config.warmup * config.epochs, config.lr in config.grid['lr']) == ('AdamW', 5, True)
+
+
+def test_pre_training_keeps_settings_of_its_own():
+    config, = train.settings(CONFIGS, 'where_framed')
+    assert (config.optimizer, config.lr, config.weight_decay, config.warmup, config.weights, config.tune) == (
+        'AdamW', 0.001, 0.05, 0.1, 'random', 'all')
+
+
 # ---- Report ---------------------------------------------------------------------------------------------
 
-REPORTED = {'tasks': {'x': {}, 'y': {}, 'z': {}, 'w': {}}, 'methods': {'vpt': {'paper_params': 0.6}, 'cdc': {}, 'ivpt': {}},
-            'groups': {'a': ['x', 'y'], 'b': ['z'], 'all': ['a', 'b']},
-            'paper': {'x': {'vpt': 50.0, 'ivpt': 60.0}, 'a': {'vpt': 44.4}}}
+REPORTED = {'tasks': {'x': {}, 'y': {}, 'z': {}, 'w': {}}, 'methods': {'vpt': {}, 'cdc': {}, 'ivpt': {}},
+            'groups': {'a': ['x', 'y'], 'b': ['z'], 'all': ['a', 'b']}, 'models': {'vit_base_patch16_224.m': {'weights': 'a/b.npz#md5=1'}},
+            'paper': {'vit_base_patch16_224.m': {'x': {'vpt': 50.0, 'ivpt': 60.0}, 'a': {'vpt': 44.4}, 'params': {'vpt': 0.6}}}}
 
 
 @pytest.fixture
 def results(tmp_path):
     """Write a result as a run would."""
-    def put(task, method, seed, accuracy, trained=1_500_000, score_on='test', **config):
-        folder = tmp_path / task / method / f'seed{seed}'
-        train.write_result(folder, {'accuracy': accuracy, 'seed': seed, 'trained_parameters': trained, 'score_on': score_on,
-                                    'config': {'lr': 0.1, 'seed': seed, **config}})
+    def put(task, method, seed, accuracy, trained=1_500_000, score_on='test', place='', **config):
+        model = dict(model='vit_base_patch16_224.m', weights='elsewhere/b.npz', img_size=224)
+        config = model | dict(task=task, method=method, seed=seed, lr=0.1) | config
+        folder = tmp_path / task / config['model'] / method / f'seed{seed}' / place
+        train.write_result(folder, {'accuracy': accuracy, 'trained_parameters': trained, 'score_on': score_on, 'config': config})
     return put
 
 
@@ -164,7 +194,7 @@ def test_the_mean_of_a_group_of_groups_is_the_mean_of_the_groups_means(results, 
     """As the paper takes it, and not the mean over the tasks: here (0.3 + 0.8) / 2 and not (0.2 + 0.4 + 0.8) / 3."""
     for task, accuracy in (('x', 0.2), ('y', 0.4), ('z', 0.8)):
         results(task, 'cdc', 0, accuracy)
-    rows, _ = reported(capsys, tmp_path, ['all'], ['cdc'])
+    rows, _ = reported(capsys, tmp_path, ['all'], None, ['cdc'])
     assert rows[0] == ['method', 'trained', 'x', 'y', 'a', 'z', 'b', 'all']
     assert rows[2] == ['`cdc`', '1.500M', '20.0', '40.0', '30.0', '80.0', '80.0', '55.0']
 
@@ -174,7 +204,7 @@ def test_a_cell_that_has_not_been_run_is_empty_and_so_is_the_mean_of_its_group(r
     results('y', 'vpt', 0, 0.4)
     results('x', 'ivpt', 0, 0.7)
     results('z', 'ivpt', 0, 0.9, score_on='val')  # a validation accuracy is no result
-    rows, _ = reported(capsys, tmp_path, ['all'], ['vpt', 'cdc', 'ivpt'])
+    rows, _ = reported(capsys, tmp_path, ['all'], None, ['vpt', 'cdc', 'ivpt'])
     assert [row[2:] for row in rows if row[0].startswith('`')] == [
         ['50.0', '40.0', '45.0', '', '', ''], [''] * 6, ['70.0', '', '', '', '', '']]
     assert rows[4][2:] == ['+0.0', '', '+0.6', '', '', '']
@@ -184,37 +214,76 @@ def test_a_group_is_a_mean_over_the_seeds_that_have_all_its_tasks(results, tmp_p
     for task, accuracies in (('x', (0.2, 0.9)), ('y', (0.4,))):
         for seed, accuracy in enumerate(accuracies):
             results(task, 'cdc', seed, accuracy)
-    rows, _ = reported(capsys, tmp_path, ['a'], ['cdc'])
+    rows, _ = reported(capsys, tmp_path, ['a'], None, ['cdc'])
     assert rows[2][4] == '30.0'
 
 
-def test_seeds_that_differ_in_more_than_the_seed_are_said(results, tmp_path, capsys):
+def test_what_the_runs_of_a_column_differ_in_is_said_below_the_table(results, tmp_path, capsys):
     results('x', 'vpt', 0, 0.5)
-    results('x', 'vpt', 1, 0.5, data='elsewhere')
-    assert 'differ' not in reported(capsys, tmp_path)[1].replace('difference', '')
+    results('x', 'vpt', 1, 0.5, data='elsewhere', weights='b.npz')
+    results('x', 'cdc', 0, 0.5, structure='cdc')
+    results('y', 'ivpt', 0, 0.5, lr=0.3)
+    assert ' is ' not in reported(capsys, tmp_path)[1]
     results('x', 'vpt', 2, 0.5, lr=0.3)
-    assert 'x, vpt: seeds 0 and 2 differ in more than the seed: lr 0.1 -> 0.3' in reported(capsys, tmp_path)[1]
+    results('x', 'ivpt', 2, 0.5, N=5)
+    out = reported(capsys, tmp_path)[1]
+    assert 'x: lr is 0.1 for cdc/ivpt/vpt, 0.3 for vpt\n' in out and 'x: N is None for cdc/vpt, 5 for ivpt\n' in out
+    results('x', 'cdc', 1, 0.5, **{'train labels': '8 00aa'})
+    assert 'x: train labels is ' in reported(capsys, tmp_path)[1]
+
+
+def test_each_backbone_has_a_table_and_the_papers_numbers_stand_beside_theirs_alone(results, tmp_path, capsys):
+    """Not beside another model, image size, file or random weights."""
+    others = dict(model='vit_large_patch16_224.x'), dict(model='vit_base_patch16_224.m ', img_size=98)
+    for i, config in enumerate((*others, dict(weights='mae.pth'), dict(weights='random'))):
+        results('x', 'vpt', i, 0.5, **config)
+    rows, out = reported(capsys, tmp_path)
+    assert 'the paper' not in out and out.count('| method |') == 4 and 'vit_base_patch16_224.m, random weights:' in out
+    results('x', 'ivpt', 0, 0.5)
+    rows, out = reported(capsys, tmp_path)
+    assert out.count('the paper') == 1 and ['the paper', '', '60.0'] in rows
+
+
+def test_a_result_counts_as_what_it_says_of_itself_and_twice_the_same_is_refused(results, tmp_path, capsys):
+    results('x', 'vpt', 0, 0.5)
+    (tmp_path / 'x').rename(tmp_path / 'y')
+    assert reported(capsys, tmp_path)[0][0] == ['method', 'trained', 'x']
+    results('x', 'vpt', 0, 0.6, place='copy')
+    with pytest.raises(train.InputError, match='there are two results of vit_base_patch16_224.m, x, vpt, 0'):
+        train.report(REPORTED, tmp_path)
+
+
+def test_a_damaged_result_is_told_and_left_where_it_is_and_the_status_says_so(results, tmp_path, capsys):
+    for seed in range(2):
+        results('x', 'vpt', seed, 0.5)
+    file = tmp_path / 'x/vit_base_patch16_224.m/vpt/seed0/result.json'
+    file.write_text(file.read_text().replace('"accuracy": 0.5', '"accuracy": 0.9'))
+    assert train.report(REPORTED, tmp_path) == 2
+    out, err = capsys.readouterr()
+    assert table(out)[2][2] == '50.0' and f'{file} is damaged' in err and err.count('\n') == 1 and file.exists()
 
 
 def test_a_report_of_some_seeds_leaves_the_others_out(results, tmp_path, capsys):
     for seed, accuracy in enumerate((0.1, 0.2, 0.3)):
         results('x', 'cdc', seed, accuracy)
-    assert reported(capsys, tmp_path, ['x'], ['cdc'], [1])[0][2][2] == '20.0'
-    assert reported(capsys, tmp_path, ['x'], ['cdc'], [2, 0])[0][2][2].startswith('20.0 ± 14.1')
+    assert reported(capsys, tmp_path, ['x'], None, ['cdc'], [1])[0][2][2] == '20.0'
+    assert reported(capsys, tmp_path, ['x'], None, ['cdc'], [2, 0])[0][2][2].startswith('20.0 ± 14.1')
 
 
 def test_a_report_takes_the_seeds_of_the_command_line(tmp_path, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(train, 'report', lambda *args: asked.append(args[-1]))
+    monkeypatch.setattr(train, 'report', lambda *args: asked.append(args[-1]) or 0)
     for argv in ((), ('--seed', '0,2,0')):
         assert train.main(['--report', *argv, '--set', f'runs={tmp_path}']) == 0
     assert asked == [[], [0, 2]]
     assert train.main(['--report', '--seed', '*']) == 2
 
 
-def test_a_report_of_nothing_has_no_numbers(tmp_path, capsys):
-    assert train.main(['--report', '--set', f'runs={tmp_path}']) == 0
-    assert not re.search(r'\d', capsys.readouterr().out)
+def test_a_report_of_nothing_is_refused_with_the_name_of_the_folder(tmp_path, capfd):
+    for argv in (), ('--task', 'pets'):
+        assert train.main(['--report', *argv, '--set', f'runs={tmp_path}']) == 2
+        err = capfd.readouterr().err
+        assert f'{tmp_path}: no finished run' in err and err.count('\n') == 1
 
 
 @pytest.mark.parametrize('argv, said', [(('--task', 'pet'), "unknown task 'pet': did you mean 'pets'"),
@@ -233,7 +302,7 @@ def test_a_report_shows_what_the_runs_printed(tmp_path, capsys):
     rows = table(capsys.readouterr().out)
     for row in rows:
         if row[0] in ('`linear`', '`ivpt`'):
-            found = [100 * train.read_result(tmp_path / 'where_blue' / row[0].strip('`') / f'seed{s}')['accuracy'] for s in (0, 1)]
+            found = [100 * train.read_result(tmp_path / 'where_blue' / 'vit_nano_patch8_48' / row[0].strip('`') / f'seed{s}')['accuracy'] for s in (0, 1)]
             assert row[2] == f'{fmean(found):.1f} ± {stdev(found):.1f}'
     assert len(rows) >= 4
 
@@ -276,19 +345,43 @@ def test_noise_goes_into_the_results_of_finished_runs_and_is_printed_method_by_m
     capsys.readouterr()
     assert run(tmp_path, *argv, '--noise', '0,0.5', **SMALL) == 0
     rows = table(capsys.readouterr().out)
-    assert [row[:2] for row in rows[2:]] == [['where_blue', '`linear`'], ['where_blue', '`ivpt`']]
+    backbone = 'vit_nano_patch8_48, random weights'
+    assert [row[:3] for row in rows[2:]] == [['where_blue', backbone, '`linear`'], ['where_blue', backbone, '`ivpt`']]
     for row in rows[2:]:
-        stored = [train.read_result(tmp_path / 'where_blue' / row[1].strip('`') / f'seed{seed}') for seed in (0, 1)]
+        stored = [train.read_result(tmp_path / 'where_blue' / 'vit_nano_patch8_48' / row[2].strip('`') / f'seed{seed}') for seed in (0, 1)]
         assert all(result['noise']['0'] == result['accuracy'] for result in stored)
-        for rate, cell in zip(('0', '0.5'), row[2:]):
+        for rate, cell in zip(('0', '0.5'), row[3:]):
             assert cell == train.spread([result['noise'][rate] for result in stored])
     assert run(tmp_path, *argv, '--noise', '0.9', **SMALL) == 0
-    assert set(train.read_result(tmp_path / 'where_blue/ivpt/seed0')['noise']) == {'0', '0.5', '0.9'}
+    assert set(train.read_result(tmp_path / 'where_blue/vit_nano_patch8_48/ivpt/seed0')['noise']) == {'0', '0.5', '0.9'}
+
+
+def test_a_seed_that_was_not_run_does_not_keep_the_noise_of_the_others_back(tmp_path, capfd):
+    assert run(tmp_path, '--method', 'linear', '--seed', '1', **SMALL) == 0
+    assert run(tmp_path, '--method', 'linear', '--seed', '0,1', '--noise', '0', **SMALL) == 2
+    out, err = capfd.readouterr()
+    assert err.count('\n') == 1 and 'seed0: no finished run' in err
+    result = train.read_result(folder_of(tmp_path, 'linear', seed=1))
+    assert result['noise'] == {'0': result['accuracy']} and table(out)[-1][3] == train.spread([result['accuracy']])
+
+
+def test_runs_of_other_seeds_see_the_same_noise_on_the_images_that_they_were_tested_on(tmp_path):
+    """Their own settings prepare the images, and not those of the command line, which here are the defaults."""
+    own = dict(img_size=24, mean='[0.3, 0.5, 0.6]', std='[0.2, 0.3, 0.4]', batch=7, epochs=1)
+    with images_tested() as tested:
+        assert run(tmp_path, '--method', 'linear', '--seed', '0', **own) == 0
+    assert run(tmp_path, '--method', 'linear', '--seed', '1', **own) == 0
+    with images_tested() as seen:
+        assert train.main(['--method', 'linear', '--seed', '0,1', '--noise', '0,0.5', '--set', f'runs={tmp_path}']) == 0
+    clean, noisy, clean_1, noisy_1 = torch.cat(seen).split(20)
+    assert torch.equal(clean, torch.cat(tested)) and torch.equal(clean_1, clean) and torch.equal(noisy_1, noisy)
+    noise = noisy - clean / 2
+    assert len({float(image.sum()) for image in noise}) == 20 and abs(noise.std() - 0.5) < 0.02  # to each its own
 
 
 @pytest.mark.parametrize('rates, said', [('a', 'from 0 to 1'), ('-1', 'from 0 to 1'), ('0,,1', 'from 0 to 1'),
                                          ('.nan', 'from 0 to 1'), ('', 'from 0 to 1'), ('0.1', 'no finished run')])
 def test_wrong_rates_and_runs_that_are_not_there_are_one_line(rates, said, tmp_path, capfd):
-    assert run(tmp_path, f'--noise={rates}') == 2
+    assert run(tmp_path, '--method', 'ivpt', f'--noise={rates}') == 2
     err = capfd.readouterr().err
     assert said in err and err.count('\n') == 1

@@ -1,6 +1,7 @@
 """Appendix A, Figure 7: where the class token looks, and what AR reinforces."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import close, ivpt as literal, watch
 from PIL import Image
+from pictures import NANO, images_tested, save_picture
 from strategies import METHODS, OTHERS, cases, random_model, random_vit
+from torchvision.transforms.functional import pil_to_tensor, resize
 
+import ivpt
 import train
 from ivpt import look
 
@@ -111,27 +115,98 @@ def test_reinforced_patches_are_outlined_and_no_other(patch):
 def test_runs_are_stacked_in_one_picture_that_opens(runs, capsys):
     """Figure 7: a row an image and method, a column the image and each of the 6 layers."""
     assert train.main(['--show', '--method', 'vpt,ivpt', '--set', f'runs={runs}']) == 0
-    path = runs / 'where_blue' / 'attention.png'
+    path = runs / 'where_blue' / 'vit_nano_patch8_48' / 'attention.png'
     assert str(path) in capsys.readouterr().out
     width, height = Image.open(path).size
     assert (width, height) == (7 * (train.TILE + 2) + 2, 18 + 4 * 2 * (18 + train.TILE + 4))
 
 
 def test_one_run_is_shown_in_its_own_folder(runs):
-    folder = runs / 'where_blue' / 'vpt' / 'seed0'
+    folder = runs / 'where_blue' / 'vit_nano_patch8_48' / 'vpt' / 'seed0'
     assert train.main(['--show', '--run', str(folder)]) == 0
     assert Image.open(folder / 'attention.png').size[1] == 18 + 4 * (18 + train.TILE + 4)
 
 
 def test_linear_probing_can_be_shown_and_runs_of_other_depths_not_beside_it(runs, capsys):
-    other = ['--model', 'vit_tiny_patch16_48', '--set', "weights=''", f'runs={runs}']
+    nano, tiny = 'vit_nano_patch8_48', 'vit_tiny_patch16_48'
     assert train.main(['--method', 'linear', *TINY, f'runs={runs}']) == 0
     assert train.main(['--show', '--method', 'linear,vpt', '--set', f'runs={runs}']) == 0
-    assert train.main(['--method', 'linear', '--seed', '7', *TINY, *other]) == 0
-    config = runs / 'where_blue' / 'linear'
-    shutil.rmtree(config / 'seed0')
-    (config / 'seed7').rename(config / 'seed0')
-    assert 'different numbers of layers' in refusal(capsys, '--show', '--method', 'linear,vpt', '--set', f'runs={runs}')
+    assert train.main(['--method', 'linear', '--model', tiny, *TINY, 'weights=random', f'runs={runs}']) == 0
+    argv = '--show', '--method', 'linear', '--model', f'{nano},{tiny}', '--set', f'runs={runs}'
+    assert 'different numbers of layers' in refusal(capsys, *argv)
+
+
+# ---- What stands where in the picture -------------------------------------------------------------------
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+@pytest.fixture(scope='module')
+def own(tmp_path_factory):
+    """Two runs on a folder of photos that are cropped, the photos, and the images that the runs were tested on."""
+    folder = tmp_path_factory.mktemp('own')
+    for i, (part, c) in enumerate((part, c) for part in ('train', 'train', 'test') for c in 'abcdef'):
+        save_picture(folder / 'data' / part / c / f'{i}.png', i, 90 + i, 60)
+    argv = ['--task', 'folder', '--model', 'vit_nano_patch8_48', '--method', 'vpt,ivpt', '--data', str(folder / 'data'),
+            '--set', f'runs={folder}']
+    with images_tested() as tested:
+        assert train.main([*argv, 'epochs=1', 'workers=0', 'k=4', f'mean={[*MEAN]}', f'std={[*STD]}']) == 0
+    photos = sorted(str(path) for path in (folder / 'data' / 'test').rglob('*.png'))
+    return SimpleNamespace(argv=argv, photos=photos, picture=folder / 'folder' / NANO / 'attention.png', tested=tested[0])
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """What train.py looks at: (the images, what is seen of them), in order."""
+    seen = []
+    monkeypatch.setattr(ivpt, 'look', lambda model, images: seen.append((images, look(model, images))) or seen[-1][1])
+    return seen
+
+
+def rows_of(path):
+    """The rows of Figure 7: of each the strip above it and its tiles."""
+    T = train.TILE
+    rows = pil_to_tensor(Image.open(path))[:, 18:].split(18 + T + 4, dim=1)
+    return [(row[:, :18], [row[:, 20:20 + T, x:x + T] for x in range(2, row.shape[2] - 2, T + 2)]) for row in rows]
+
+
+def drawn_of(image, seen, words):
+    """The same, of one image [1, 3, H, W] and what one model saw of it; its tile as floats."""
+    mean, std = (255 * torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    picture = resize((image[0] * std + mean).round(), [train.TILE] * 2)
+    Omega = [()] * 6 if seen['Omega'] is None else [*seen['Omega'][0].tolist(), ()]  # nothing follows the last layer
+    maps = [train.heat_map(picture.round().to(torch.uint8), w, chosen) for w, chosen in zip(seen['w'][0], Omega)]
+    return train.caption([words], torch.empty(3, 1, 7 * (train.TILE + 2) + 2)), [picture, *maps]
+
+
+def assert_drawn(row, expected):
+    """Equal to the rounding of the resized picture; an outline, a caption and another layer's map are far more."""
+    assert torch.equal(row[0], expected[0]) and len(row[1]) == len(expected[1]) == 7
+    for tile, right in zip(row[1], expected[1]):
+        assert (tile.float() - right.float()).abs().max() <= 1
+
+
+def test_a_row_is_a_test_image_and_each_layers_map_and_the_runs_of_an_image_stand_together(own, looked):
+    assert train.main([*own.argv, '--show']) == 0
+    rows = rows_of(own.picture)
+    assert len(rows) == len(looked) == 8
+    for i, row in enumerate(rows):
+        image, method = i // 2, ('vpt', 'ivpt')[i % 2]
+        images, seen = looked[4 * (i % 2) + image]
+        best = 'abcdef'[seen['logits'].argmax()]
+        assert torch.equal(images[0], own.tested[image]) and (seen['Omega'] is None) == (method == 'vpt')
+        assert_drawn(row, drawn_of(images, seen, f'{method}: {best}, in truth {"abcdef"[image]}'))
+    assert len({tile.numpy().tobytes() for _, tiles in rows for tile in tiles}) == 4 + 8 * 6
+
+
+def test_a_photo_is_prepared_as_test_images_are_and_its_classes_stand_in_the_order_of_their_logits(own, looked, capsys):
+    assert train.main([*own.argv, '--image', *own.photos[3:5]]) == 0
+    lines = [line.split(': ') for line in capsys.readouterr().out.splitlines() if ', by ' in line]
+    assert torch.equal(torch.cat([images for images, _ in looked]), own.tested[[3, 4, 3, 4]])
+    assert [line[0].split(', by ')[0] for line in lines] == own.photos[3:5] * 2
+    for (_, said), (_, seen) in zip(lines, looked, strict=True):
+        shares = 100 * seen['logits'][0].softmax(dim=0)
+        assert said == ', '.join(f'{"abcdef"[c]} {shares[c]:.1f}%' for c in shares.argsort(descending=True)[:5])
 
 
 # ---- The user's own images ------------------------------------------------------------------------------
@@ -173,27 +248,36 @@ def refusal(capsys, *argv):
 def test_a_broken_image_is_one_line_with_its_name(content, runs, tmp_path, capsys):
     (tmp_path / 'broken.png').write_bytes(content)
     assert 'broken.png' in refusal(capsys, '--image', str(tmp_path / 'broken.png'), '--run',
-                                   str(runs / 'where_blue' / 'vpt' / 'seed0'))
+                                   str(runs / 'where_blue' / 'vit_nano_patch8_48' / 'vpt' / 'seed0'))
 
 
 def test_an_image_that_is_a_line_or_a_folder_or_missing_is_one_line_with_its_name(runs, tmp_path, capsys):
     picture('RGB', (3000, 2)).save(tmp_path / 'line.png')
     for name in 'line.png', '.', 'missing.png':
         assert str(tmp_path / name) in refusal(capsys, '--image', str(tmp_path / name), '--run',
-                                               str(runs / 'where_blue' / 'vpt' / 'seed0'))
+                                               str(runs / 'where_blue' / 'vit_nano_patch8_48' / 'vpt' / 'seed0'))
 
 
 def test_a_run_that_is_not_there_or_not_whole_is_one_line_with_its_folder(runs, tmp_path, capsys):
     assert str(tmp_path) in refusal(capsys, '--show', '--run', str(tmp_path))
-    whole = runs / 'where_blue' / 'ivpt' / 'seed0'
+    whole = runs / 'where_blue' / 'vit_nano_patch8_48' / 'ivpt' / 'seed0'
     for name in 'params.pth', 'result.json':
         shutil.copytree(whole, tmp_path / name)
+        for checkpoint in (tmp_path / name).glob('checkpoint-*'):
+            checkpoint.unlink()  # which has the parameters too
         (tmp_path / name / name).write_bytes((tmp_path / name / name).read_bytes()[:30])
         assert str(tmp_path / name) in refusal(capsys, '--show', '--run', str(tmp_path / name))
 
 
 def test_parameters_of_another_method_are_refused(runs, tmp_path, capsys):
-    shutil.copytree(runs / 'where_blue' / 'ivpt' / 'seed0', tmp_path / 'run')
-    other = runs / 'where_blue' / 'vpt' / 'seed0' / 'params.pth'
+    shutil.copytree(runs / 'where_blue' / 'vit_nano_patch8_48' / 'ivpt' / 'seed0', tmp_path / 'run')
+    other = runs / 'where_blue' / 'vit_nano_patch8_48' / 'vpt' / 'seed0' / 'params.pth'
     (tmp_path / 'run' / 'params.pth').write_bytes(other.read_bytes())
+    shutil.copytree(tmp_path / 'run', tmp_path / 'copy')
+    assert train.main(['--show', '--run', str(tmp_path / 'copy')]) == 0
+    assert 'params.pth was lost, or is another: taken again from checkpoint' in capsys.readouterr().out
+    mine = runs / 'where_blue' / 'vit_nano_patch8_48' / 'ivpt' / 'seed0' / 'params.pth'
+    assert (tmp_path / 'copy' / 'params.pth').read_bytes() == mine.read_bytes()
+    for checkpoint in (tmp_path / 'run').glob('checkpoint-*'):
+        checkpoint.unlink()
     assert 'params.pth is not what result.json' in refusal(capsys, '--show', '--run', str(tmp_path / 'run'))

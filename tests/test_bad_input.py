@@ -1,8 +1,6 @@
 """What the user got wrong is one line: `train.py: what, where, and what to do`, and exit status 2."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ NANO = ('--model', 'vit_nano_patch8_48')
 def refusal(tmp_path, capfd):
     """Runs train.py, tiny; returns the one line on stderr. There must be one, and no more than one."""
     def refused(*argv, **changes):
+        capfd.readouterr()
         status = run(tmp_path / 'runs', *argv, **changes)
         out, err = capfd.readouterr()
         assert status == 2 and err.startswith('train.py: ') and err.count('\n') == 1, err
@@ -47,13 +46,24 @@ def pets(tmp_path, refusal):
     (['--model', 'resnet50'], "unknown model 'resnet50'"),
     (['--model', 'vit_nano_patch64_48'], 'an image of 48 pixels holds no patch of 64'),
     (['--seed', 'one'], "seed is a int, as 0, not 'one'"),
+    (['--seed', '1:30'], "seed is a int, as 0, not '1:30'"),
+    (['--seeds', '0,1'], "there is no option --seeds: did you mean '--seed'?"),
+    (['--lr', '0.5'], 'there is no option --lr: write --set lr=VALUE'),
+    (['--epochs=3'], 'there is no option --epochs=3: write --set epochs=VALUE'),
+    (['--set', 'seed=3'], '--set seed=3: write --seed 3'),
+    (['--report', '--search'], 'not allowed with argument'),
+    (['--noise', '0.1', '--report'], 'not allowed with argument'),
+    (['--run', 'runs/x'], '--run runs/x is for --show, --image and --noise'),
+    (['--data', 'no/such'], 'no/such: there is no such folder of data sets'),
+    (['--model', 'vit_small_patch14_224.dino2'], "unknown model 'vit_small_patch14_224.dino2': did you mean 'vit_small_patch14_224.dinov2'?"),
+    (['--model', 'vit_nano_patch8_48,vit_base_patch16_224.orig'], "unknown model 'vit_base_patch16_224.orig'"),
     (['--seed', '0,,1'], 'seed is a int'),
     (['--seed', '-1'], 'seed goes from 0'),
     (['--epochs', '3'], '--epochs'),
     (['--set'], '--set'),
     (['--set', 'lr'], "--set takes NAME=VALUE, not 'lr'"),
-    (['--set', 'lr=[1'], '--set lr: not YAML'),
-    (['--set', 'lr=!!python/object/apply:os.getcwd []'], '--set lr: not YAML'),
+    (['--set', 'mean=[1'], '--set mean: not YAML'),
+    (['--set', 'grid=!!python/object/apply:os.getcwd []'], '--set grid: not YAML'),
     (['pets'], 'pets'),
 ])
 def test_a_wrong_command_line_is_refused_with_the_nearest_known_name(argv, said, refusal):
@@ -66,13 +76,13 @@ def test_a_wrong_command_line_is_refused_with_the_nearest_known_name(argv, said,
     ('lr=fast', "lr is a float, as 0.25, not 'fast'"),
     ('lr=true', 'lr is a float'),
     ('lr=nan', 'lr goes from 1e-12'),
-    ('lr=.inf', 'lr goes from 1e-12'),
+    ('lr=inf', 'lr goes from 1e-12'),
     ('lr=-1', 'lr goes from 1e-12'),
     ('lr=[0.1, 0.2]', 'lr is a float'),
-    ('epochs=2.5', 'epochs is a int, as 100, not 2.5'),
+    ('epochs=2.5', "epochs is a int, as 100, not '2.5'"),
     ('epochs=0', 'epochs goes from 1'),
     ('batch=0', 'batch goes from 1'),
-    ('workers=-1', 'workers goes from 0'),
+    ('workers=-1', 'workers is auto, or a number'),
     ('n_train=0', 'n_train goes from 1'),
     ('warmup=1.5', 'warmup goes from 0 to 0.99'),
     ('bf16=1', 'bf16 is a bool, as True, not 1'),
@@ -87,6 +97,7 @@ def test_a_wrong_command_line_is_refused_with_the_nearest_known_name(argv, said,
     ('augment=flip', 'augment is one of crop_flip, none'),
     ('source=cifar', 'source is one of vtab, fgvc, folder, shapes'),
     ('ask=pink', 'pink'),
+    ('runs=', 'runs is the name of a folder'),
     ('tune=some', 'tune is one of prompts, bias, head, all'),
     ('score_on=train', 'score_on is one of test, val'),
     ('save_dtype=int8', 'save_dtype is one of float32, float16'),
@@ -97,15 +108,26 @@ def test_a_setting_of_the_wrong_name_type_or_range_is_refused(change, said, refu
 
 
 @pytest.mark.parametrize('changes, said', [
-    (dict(N=0), 'at least 1 prompt and 1 class, not N=0'),
-    (dict(N=-3), 'N=-3'),
-    (dict(k=0), '1 to M=36 of the image tokens, not k=0'),
-    (dict(k=37), '1 to M=36 of the image tokens, not k=37'),
-    (dict(k=10, img_size=24), '1 to M=9 of the image tokens, not k=10'),
+    (dict(N=0), 'N goes from 1 to 1000, not 0'),
+    (dict(k=-3), 'k goes from 0'),
+    (dict(k=37), '0 to M=36 of the image tokens, not k=37'),
+    (dict(k=10, img_size=24), '0 to M=9 of the image tokens, not k=10'),
     (dict(img_size=4), 'an image of 4 pixels holds no patch of 8'),
 ])
 def test_numbers_that_do_not_fit_the_vit_are_refused_with_the_numbers(changes, said, refusal):
     assert said in refusal('--method', 'ivpt', **changes)
+
+
+def test_a_backbone_of_random_weights_has_to_be_asked_for_and_is_called_so(tmp_path, capfd, refusal):
+    argv = '--method', 'vpt', '--model', 'vit_tiny_patch16_48'
+    assert 'vit_tiny_patch16_48 has no weights of its own: name a file with --weights FILE' in refusal(*argv, weights='')
+    changes = f'runs={tmp_path}', 'n_train=8', 'n_val=2', 'n_test=4', 'epochs=1'
+    assert train.main([*argv, '--seed', '0,1', '--weights', 'random', '--set', *changes]) == 0
+    out = capfd.readouterr().out
+    assert out.count('random weights. ') == 2 and out.count('0:00, random weights') == 2
+    for action in (['--report'], ['--noise', '0', *argv]):
+        assert train.main([*action, '--set', f'runs={tmp_path}']) == 0
+        assert 'vit_tiny_patch16_48, random weights' in capfd.readouterr().out
 
 
 def test_nothing_is_left_behind_by_a_run_that_cannot_start(tmp_path, refusal):
@@ -197,18 +219,28 @@ def test_a_missing_picture_of_torchvisions_folder_is_refused_by_name(tmp_path, p
 
 @pytest.mark.parametrize('content', [b'', b'<html>moved</html>'])
 @pytest.mark.parametrize('split', ['train800', 'test'])
-def test_a_broken_picture_is_refused_by_name(content, split, tmp_path, pets):
+def test_a_broken_picture_is_refused_by_name_before_training(content, split, tmp_path, pets):
     (broken := vtab(tmp_path) / 'images' / split / '000002.jpg').write_bytes(content)
     assert f'{broken}: not an image' in pets(epochs=1, img_size=24, k=2)
+    assert not (tmp_path / 'runs').exists()
 
 
-def test_a_broken_picture_is_one_line_in_the_shell_too_where_worker_processes_read_it(tmp_path):
+def test_a_broken_test_picture_leaves_the_result_that_again_would_replace(tmp_path, refusal):
+    changes = dict(epochs=1, img_size=24, k=2)
+    for folder in ('whole', 'broken'):
+        vtab(tmp_path / folder)
+    argv = '--task', 'pets', *NANO, '--again', '--data'
+    assert run(tmp_path / 'runs', *argv, str(tmp_path / 'whole'), **changes) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / 'runs').rglob('*') if path.is_file()}
+    broken = tmp_path / 'broken' / 'vtab-1k' / 'oxford_iiit_pet' / 'images' / 'test' / '000002.jpg'
+    broken.write_bytes(b'<html>moved</html>')
+    assert f'{broken}: not an image' in refusal(*argv, str(tmp_path / 'broken'), **changes)
+    assert len(before) > 3 and all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_broken_picture_is_one_line_where_worker_processes_read_it_too(tmp_path, pets):
     (broken := vtab(tmp_path) / 'images' / 'train800' / '000002.jpg').write_bytes(b'')
-    argv = [train.__file__, '--task', 'pets', *NANO, '--data', str(tmp_path)]
-    changes = ['--set', 'workers=2', f'runs={tmp_path}', "weights=''"]
-    done = subprocess.run([sys.executable, *argv, *changes], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count('\n') == 1
-    assert done.stderr.startswith(f'train.py: {broken}: not an image that can be decoded')
+    assert pets(workers=2).startswith(f'train.py: {broken}: not an image that can be decoded')
 
 
 def test_a_picture_that_is_cut_short_is_refused_by_name(tmp_path, pets):
@@ -252,7 +284,7 @@ def test_weights_that_cannot_be_downloaded_are_refused_with_where_to_put_them(tm
 
 
 def folder_of(tmp_path):
-    return tmp_path / 'runs' / 'where_blue' / 'ivpt' / 'seed0'
+    return tmp_path / 'runs' / 'where_blue' / 'vit_nano_patch8_48' / 'ivpt' / 'seed0'
 
 
 def loss_that_breaks(monkeypatch, step):

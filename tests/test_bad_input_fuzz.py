@@ -1,6 +1,7 @@
 """Anything at all in the place of the user's files and words: one line and status 2, or it is right. Nothing is trained."""
 
 import contextlib
+import copy
 import io
 import json
 import shutil
@@ -68,7 +69,7 @@ def nothing_is_trained(here, monkeypatch):
         json.dumps(vars(config))
         torch.save(vars(config), io.BytesIO())
         return {'task': config.task, 'method': config.method, 'seed': config.seed, 'accuracy': 0.5,
-                'trained_parameters': 1, 'seconds': 1.0}
+                'trained_parameters': 1, 'seconds': 1.0, 'model': config.model, 'config': vars(config)}
 
     def no_network(weights):
         if '://' in str(weights):
@@ -186,7 +187,7 @@ PATHS = [(section, *rest) for section, entries in CONFIGS.items() for rest in [(
 
 @given(path=st.sampled_from(PATHS), value=anything | st.just(deep(90)) | st.just('delete'), name=st.none() | words | st.integers())
 @settings(max_examples=settings.default.max_examples * 2)
-def test_a_configs_yaml_with_anything_in_one_place_is_right_or_refused_in_one_line(path, value, name, here):
+def test_a_configs_yaml_with_anything_in_one_place_is_right_or_refused_in_one_line(path, value, name):
     """Also with another name there, or without it."""
     configs = json.loads(json.dumps(CONFIGS))
     *way, last = path
@@ -199,17 +200,9 @@ def test_a_configs_yaml_with_anything_in_one_place_is_right_or_refused_in_one_li
         at[last] = value
     else:
         at[name] = at.pop(last)
-    try:
-        text = yaml.safe_dump(configs)
-    except (ValueError, UnicodeError):  # Python writes no number of more than 4,300 digits
-        return
-    assert set(configured(here, text)) <= {0, 2}
-
-
-@pytest.mark.parametrize('text', [BOMB, 'a: &a [*a]', '[&a 1, *a]'])
-def test_an_alias_is_refused_before_it_grows(text):
-    with pytest.raises(vit.InputError, match='alias'):
-        REAL['read_yaml'](text, 'configs.yaml')
+    with pytest.MonkeyPatch.context() as patch:  # as it is read: to write and to parse it takes longer than all the rest
+        patch.setattr(train, 'read_yaml', lambda text, where: copy.deepcopy(configs))
+        assert {status(), status('--report', '--task', 'vtab')} <= {0, 2}
 
 
 @pytest.mark.parametrize('section', ['tasks', 'methods'])

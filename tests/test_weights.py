@@ -13,6 +13,7 @@ from pictures import CONFIGS
 import data
 import train
 import vit
+from ivpt import IVPT
 from vit import InputError
 
 
@@ -168,6 +169,13 @@ def test_code_in_a_file_is_not_run(dump, tmp_path):
     assert not (tmp_path / 'written').exists()
 
 
+@pytest.mark.parametrize('zipped', [True, False])
+def test_a_pickle_of_a_whole_model_is_refused_with_what_to_save_instead(zipped, tmp_path):
+    torch.save(small(), tmp_path / 'model.pth', _use_new_zipfile_serialization=zipped)
+    said = refusal(small(), tmp_path / 'model.pth')
+    assert 'vit.ViT, which is code' in said and 'save model.state_dict() alone' in said and 'download' not in said
+
+
 @pytest.mark.parametrize('part', [0, 0.001, 0.3, 0.7, 0.999])
 def test_a_file_that_is_cut_short_is_refused(part, tmp_path):
     file = saved(tmp_path, small().state_dict())
@@ -272,6 +280,25 @@ def test_the_image_size_of_a_name_can_be_changed():
 def test_an_image_without_a_patch_is_refused(name):
     with pytest.raises(InputError, match='holds no patch'):
         vit.build(name)
+
+
+@pytest.mark.parametrize('model', [lambda: vit.build('vit_nano_patch8_48', num_classes=500),
+                                   lambda: IVPT(vit.build('vit_nano_patch8_48'), 500)], ids=['ViT', 'IVPT'])
+def test_a_head_starts_with_standard_deviation_0_02_and_bias_0(model):
+    """VPT's own code starts its head otherwise; this is timm's."""
+    torch.manual_seed(0)
+    head = model().head
+    assert abs(head.weight.std() - 0.02) < 2e-4 and abs(head.weight.mean()) < 5e-4 and head.bias.count_nonzero() == 0
+
+
+@pytest.mark.parametrize('method', ['ivpt', 'linear', 'provp'])
+def test_what_is_read_is_a_setting_of_the_model_and_the_mean_for_mae(method):
+    config, = train.settings(CONFIGS, 'where_blue', method, changes={'readout': 'mean', 'weights': ''})
+    model = train.make_model(config, 9)
+    assert getattr(model, 'vit', model).readout == 'mean'
+    for name in CONFIGS['models']:
+        config, = train.settings(CONFIGS, 'pets', method, name)
+        assert config.readout == ('mean' if name.endswith('.mae') else 'cls')
 
 
 def test_an_image_of_another_size_is_refused():

@@ -1,8 +1,9 @@
 """Checkpoints of others: the names differ, the answers do not.
 
-`dialects.json` and `tiny.safetensors` were written by timm 1.0.31, safetensors 0.8.0 and torch 2.15 with the
-program below. The first holds, for each dialect, the names and shapes that a checkpoint has and timm's float64
-answer (logits, or features without a head) for `wave` images with the weights of `checkpoints.values`.
+`dialects.json` and `tiny.safetensors` were written by timm 1.0.31, safetensors 0.8.0 and torch 2.15, and Hugging
+Face's two entries by transformers 5.24.0, with the program below. The first holds, for each dialect, the names and
+shapes that a checkpoint has and timm's float64 answer (logits, or features without a head; Hugging Face's own for
+theirs) for `wave` images with the weights of `checkpoints.values`.
 
     def make(**kwargs):
         return VisionTransformer(img_size=12, patch_size=4, embed_dim=8, depth=2, num_heads=2,
@@ -34,6 +35,12 @@ answer (logits, or features without a head) for `wave` images with the weights o
         numpy.savez('jax.npz', **values({name of the release: shape}))
         m = make(num_classes=3 or 0)
         m.load_pretrained('jax.npz')                                             # timm's own reader
+    config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=12,
+                       patch_size=4, num_labels=3, layer_norm_eps=1e-6)          # Google's and timm's; theirs is 1e-12
+    for 'hugging_face', ViTForImageClassification and 'hugging_face_in21k', ViTModel, its last hidden z_cls:
+        kind(config).save_pretrained('hf')                                       # for its names, sorted
+        safetensors.torch.save_file(values({name in the file: shape}), 'hf/model.safetensors')
+        m = kind.from_pretrained('hf')                                           # its own reader
     m, kinds = make(num_classes=3), (float32, float16, bfloat16, float64)
     state = {n: x.to(kinds[i % 4]) for i, (n, x) in enumerate(values(shapes_of(m)).items())}
     safetensors.torch.save_file(state, 'tiny.safetensors', metadata={'format': 'pt'})
@@ -143,6 +150,38 @@ def test_position_embeddings_of_every_dialect_are_resampled_alike(dialect, tmp_p
     assert torch.equal(larger.pos_embed, vit.resample_pos_embed(model.pos_embed, 25))
 
 
+@pytest.mark.parametrize('prefix', ['vit.', 'model.', 'backbone.', 'module.', 'encoder.', 'module.model.backbone.'])
+@pytest.mark.parametrize('dialect', ['timm', 'mae', 'dinov2', 'hugging_face_in21k'])
+def test_what_a_wrapper_puts_before_all_names_is_removed(dialect, prefix, tmp_path):
+    """DataParallel, a class with a ViT in it, Hugging Face's own ViTForImageClassification."""
+    agree(save(tmp_path / 'weights.pth', {prefix + name: x for name, x in state_of(dialect).items()}), dialect)
+
+
+def test_a_wrappers_own_head_stays_beside_the_vit_without_its_prefix(tmp_path):
+    state = {name if 'head' in name else f'backbone.{name}': x for name, x in state_of('timm').items()}
+    agree(save(tmp_path / 'weights.pth', state), 'timm')
+
+
+@pytest.mark.parametrize('more', ['encoder.', ''])
+def test_names_stay_where_a_prefix_would_choose_between_two_vits(more, tmp_path):
+    """A student and its teacher, or a head with and one without the prefix: neither is taken for the other."""
+    state = {f'model.{name}': x for name, x in state_of('timm').items()}
+    state |= {more + name: x for name, x in state_of('timm').items() if more or 'head' in name}
+    said = refusal(tiny(), tmp_path / 'weights.pth', state)
+    assert 'missing: blocks.0' in said and 'not of a plain ViT: ' in said
+
+
+def test_a_prefix_of_another_name_is_not_removed(tmp_path):
+    state = {f'teacher.{name}': x for name, x in state_of('timm').items()}
+    assert 'not of a plain ViT: teacher.blocks' in refusal(tiny(), tmp_path / 'weights.pth', state)
+
+
+def test_hugging_faces_pooler_has_no_part_in_features_whatever_it_holds(tmp_path):
+    """It stands behind them, and their own classifier does not read it."""
+    state = state_of('hugging_face_in21k')
+    agree(save(tmp_path / 'weights.pth', state | {'pooler.dense.weight': torch.ones(5)}), 'hugging_face_in21k')
+
+
 def test_a_head_behind_pre_logits_is_not_taken_for_a_head_on_features(tmp_path, caplog):
     """JAX, ImageNet-21k: logits are head(tanh(pre_logits(features))), which no plain ViT computes."""
     model = tiny(classes=5)
@@ -199,14 +238,14 @@ def test_no_parameter_of_any_dialect_can_be_missing(dialect, tmp_path):
     state = {name: x for name, x in state_of(dialect).items() if x.is_floating_point()}
     for name in state:
         if not any(part in name for part in ('head', 'decoder', 'mask_token', 'momentum', 'predictor', 'pre_logits',
-                                             'gamma')):
+                                             'gamma', 'classifier', 'pooler')):
             said = refusal(model, tmp_path / 'weights.safetensors', {n: x for n, x in state.items() if n != name})
             assert 'does not fit this ViT' in said
 
 
 def test_what_is_pickled_beside_the_state_dict_is_named_and_not_run(tmp_path):
     said = refusal(tiny(), tmp_path / 'weights.pth', {'model': state_of('timm'), 'args': argparse.Namespace(lr=0.1)})
-    assert 'it holds a argparse.Namespace' in said and 'save its state dict alone' in said
+    assert 'it holds a argparse.Namespace' in said and 'save model.state_dict() alone' in said and 'download' not in said
 
 
 # ---- configs.yaml ---------------------------------------------------------------------------------------
