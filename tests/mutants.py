@@ -165,7 +165,7 @@ MUTANTS = [
     ('Bi-Adapter: no gradient through mean and deviation', TABLE_1, 'm, sigma = W.mean(), W.std()', 'm, sigma = W.mean().detach(), W.std().detach()', TEST_1),
     ('Bi-Adapter: the deviation of all there is', TABLE_1, 'W.std()', 'W.std(correction=0)', TEST_1),
     ('Bi-Adapter: mean 0', TABLE_1, 'm, sigma = W.mean(), W.std()', 'm, sigma = 0, W.std()', TEST_1),
-    ('LoRA on queries alone', TABLE_1, 'B=torch.zeros(3 * D, s.r)', 'B=torch.zeros(3 * D, s.r) * 0 + 1', TEST_1),
+    ('LoRA does not start as the ViT', TABLE_1, 'B=torch.zeros(3 * D, s.r)', 'B=torch.ones(3 * D, s.r)', TEST_1),
     ('LoRA without its scale', TABLE_1, 's.scale * (F.dropout(x, s.dropout, p.training) @ p.A.T @ p.B.T)', '10 * (F.dropout(x, s.dropout, p.training) @ p.A.T @ p.B.T)', TEST_1),
     ('LoRA with dropout when it is tested', TABLE_1, 'F.dropout(x, s.dropout, p.training) @ p.A.T', 'F.dropout(x, s.dropout) @ p.A.T', TEST_1),
     ("FacT: proj and fc1 share slices", TABLE_1, '(layer.mlp.fc1, 4, 4)', '(layer.mlp.fc1, 3, 4)', TEST_1),

@@ -270,6 +270,14 @@ def test_sct_finds_its_channels_in_the_vit_alone_whatever_it_has_learned():
     assert all(a.between.I.equal(b.between.I) for a, b in zip(model.vit.blocks, fresh.vit.blocks))
 
 
+def test_sct_does_not_look_at_the_class_token():
+    model = system('sct', tiny())
+    with torch.no_grad():
+        model.vit.cls_token[..., 5] = 1e3
+    model.prepare([(PICTURES, CLASSES % 3)])
+    assert not any(5 in layer.between.I for layer in model.vit.blocks)
+
+
 def test_sct_without_channels_does_not_run():
     with pytest.raises((IndexError, RuntimeError)):
         system('sct', tiny())(IMAGES)
