@@ -314,7 +314,7 @@ def gapt(vit, num_classes, s):
         p.tau.data.clamp_(0.01, 10)  # in place: beyond its limits a clamped τ would get no gradient
         return torch.cat([qkv[..., :vit.D] / p.tau, qkv[..., vit.D:]], dim=-1)
     model, bound = GaPT(vit, num_classes, s), (6 / (3 * vit.patch_size ** 2 + vit.D)) ** 0.5
-    model.P, model.a = nn.Parameter(uniform(bound, s.N, vit.D)), nn.Parameter(torch.full([vit.L - 1], -float(s.gate)))
+    model.P, model.a = nn.Parameter(uniform(bound, 1, s.N, vit.D)), nn.Parameter(-s.gate * torch.ones(vit.L - 1))
     for layer in vit.blocks:
         after(layer.attn.qkv, Side(divide, tau=torch.ones([])))
     return model

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from test_4_accounting import VTAB
 from torch import nn
 
+import ivpt
 import vit
 
 GOLDEN = json.loads((Path(__file__).parent / 'table_1.json').read_text())
@@ -332,6 +333,44 @@ def test_spt_chooses_what_its_authors_code_chooses(selection, budget):
     assert chosen(model) == (theirs['matrices'], set(theirs['vectors']), theirs['singles'])
 
 
+@pytest.mark.parametrize('n, lora', [(307, []), (308, [1])])
+def test_a_matrix_gets_lora_if_a_tenth_of_its_cost_is_sensitive(selection, n, lora):
+    """LoRA of rank 8 has 8 (192 + 192) = 3,072 numbers, and these n are all in the keys' matrix."""
+    f = selection[0].vit.blocks[0].attn.qkv.side
+    M = torch.zeros(576, 193, dtype=torch.bool)
+    M[192:194, :192] = True
+    M[193, n - 192:] = False
+    parts, rest, count = f.structure(M)
+    assert parts == lora and count == (3072 if lora else n) and rest.sum() == (0 if lora else n)
+
+
+@pytest.mark.parametrize('n, whole', [(38, False), (39, True)])
+def test_a_vector_is_whole_if_a_fifth_of_it_is_sensitive(selection, n, whole):
+    """Of 192: the bias of the keys, and the gains of a LayerNorm."""
+    layer = selection[0].vit.blocks[0]
+    M, gains = torch.zeros(576, 193, dtype=torch.bool), torch.zeros(192, 2, dtype=torch.bool)
+    M[200:200 + n, 192] = gains[:n, 0] = True
+    for f, mask in ((layer.attn.qkv.side, M), (layer.norm2.side, gains)):
+        parts, rest, count = f.structure(mask)
+        assert parts == [] and count == rest.sum() == (192 if whole else n)
+
+
+def test_spt_adds_up_squared_gradients_of_batches(monkeypatch):
+    model, found = system('spt', tiny()), []
+    monkeypatch.setattr(model, 'choose', lambda S, budget: found.append((S, budget)))
+    batches = [(PICTURES[:4], CLASSES[:4] % 3), (PICTURES[4:], CLASSES[4:] % 3)]
+    model.prepare(batches)
+    (S, budget), = found
+    backbone = tiny()
+    assert budget == 0.0063 * sum(p.numel() for p in backbone.parameters())
+    literally = 0
+    for images, labels in batches:
+        loss = F.cross_entropy(model.head(backbone(images)), labels)
+        literally = literally + torch.autograd.grad(loss, backbone.blocks[1].mlp.fc1.weight)[0] ** 2
+    close(S[[part is model.vit.blocks[1].mlp.fc1 for part in model.parts].index(True)][:, :-1], literally, atol=1e-15)
+    assert not any(p.requires_grad for name, p in model.vit.named_parameters() if name != 'cls_token')
+
+
 @pytest.mark.parametrize('budget', [32, 500, 2000, 10 ** 9])
 def test_spt_trains_no_more_than_its_budget(budget):
     """In numbers. One more sensitive number would be one more trained, or a matrix or a vector more."""
@@ -570,6 +609,14 @@ def test_gates_of_gapt_are_open_and_shut():
                 y = layer(x)[0]
                 x = y if inherited else torch.cat([y[:, :5], P], dim=1)
             close(model(IMAGES), model.head(tiny(3).norm(x[:, 0])), atol=1e-10)
+
+
+def test_attention_maps_and_prompts_can_be_looked_at():
+    model, gapt = system('lora', tiny()), filled('gapt')
+    close(ivpt.look(model, IMAGES)['w'], ivpt.look(tiny(), IMAGES)['w'], atol=1e-12)
+    seen = ivpt.look(gapt, IMAGES)['P_hat']  # [B, L, N, D]
+    close(seen[:, 0], gapt.P.expand(2, -1, -1), atol=0)
+    assert seen.shape == (2, 3, 4, 32) and not seen[0, 2].allclose(seen[1, 2])
 
 
 def test_temperatures_of_gapt_come_back_from_their_limits():
