@@ -67,7 +67,7 @@ class Layer(nn.Module):
 
 
 class Tuned(nn.Module):
-    """The frozen ViT with its seams, and a linear head. drop_path grows from 0 in the first layer to s.drop_path."""
+    """The frozen ViT with its seams, and a linear head. drop_path grows from 0 to s.drop_path over the layers."""
 
     def __init__(self, vit, num_classes, s):
         super().__init__()
@@ -105,7 +105,7 @@ def adapter(layer, D, s):
 
 @in_every_layer
 def adaptformer(layer, D, s):
-    """AdaptFormer (Chen et al., 2022): around the MLP x <- x + s (U relu(W x + c) + e), of x without LayerNorm."""
+    """AdaptFormer (Chen et al., 2022): around the MLP x <- x + scale (U relu(W x + c) + e), without LayerNorm."""
     def f(x, p):
         h = F.dropout(F.relu(F.linear(x, p.W, p.c)), s.dropout, p.training)
         return x + s.scale * F.linear(h, p.U, p.e)
@@ -130,24 +130,24 @@ def bi_adapter(layer, D, s):
 
 @in_every_layer
 def lora(layer, D, s):
-    """LoRA (Hu et al., 2022): y <- y + s B A x for queries, keys and values, which share A. B = 0 at the start.
-    Table 1's row is from NOAH's code (Zhang et al., 2022), where the ViT's initial values overwrite this 0."""
+    """LoRA (Hu et al., 2022): y <- y + scale B A x for queries, keys and values, which share A. At the start
+    B = 0; in NOAH's code (Zhang et al., 2022), where Table 1's row is from, the ViT's initial values overwrite it."""
     beside(layer.attn.qkv, Side(lambda x, p: s.scale * (F.dropout(x, s.dropout, p.training) @ p.A.T @ p.B.T),
                                 A=uniform(D ** -0.5, s.r, D), B=torch.zeros(3 * D, s.r)))
 
 
 def fact(vit, num_classes, s):
-    """FacT (Jie and Deng, 2023), Tucker's form: y <- y + s V T_jᵀ U x for each D x D matrix j of the ViT, where T_j is
-    slice j of C P [r, r, 12 L]. V = 0 at the start. The published numbers are from code that reshapes the four slices
-    of fc1 and of fc2, [r, r, 4], to [r, 4 r] and so mixes them."""
+    """FacT (Jie and Deng, 2023), Tucker's form: y <- y + scale V T_jᵀ U x for each D x D matrix j of the ViT, T_j
+    being slice j of C P [r, r, 12 L]. V = 0 at the start. The published numbers are from code that reshapes the four
+    slices of fc1 and of fc2, [r, r, 4], to [r, 4 r] and so mixes them."""
     def f(x, p):
         T = (p.C @ p.P[:, p.j]).unbind(-1)
         low = [x_j @ p.U.T for x_j in x.split(D, dim=-1)]  # one, but four of fc2
         low = [low[0] @ T_j for T_j in T] if len(low) == 1 else [sum(z @ T_j.T for z, T_j in zip(low, T))]
         return s.scale * torch.cat([F.dropout(z, s.dropout, p.training) @ p.V.T for z in low], dim=-1)
-    model, D, r, n = Tuned(vit, num_classes, s), vit.D, s.r, 12 * vit.L
+    model, D, r, J = Tuned(vit, num_classes, s), vit.D, s.r, 12 * vit.L
     U, V = nn.Parameter(uniform(D ** -0.5, r, D)), nn.Parameter(torch.zeros(D, r))
-    C, P = nn.Parameter(uniform(3 ** 0.5 / r, r, r, r)), nn.Parameter(uniform((6 / (r + n)) ** 0.5, r, n))
+    C, P = nn.Parameter(uniform(3 ** 0.5 / r, r, r, r)), nn.Parameter(uniform((6 / (r + J)) ** 0.5, r, J))
     for l, layer in enumerate(vit.blocks):
         for part, j, n in (layer.attn.qkv, 0, 3), (layer.attn.proj, 3, 1), (layer.mlp.fc1, 4, 4), (layer.mlp.fc2, 8, 4):
             beside(part, Side(f, U=U, V=V, C=C, P=P))
@@ -196,7 +196,7 @@ class SalientChannels(Tuned):
 
 
 def sct(vit, num_classes, s):
-    """SCT (Zhao et al., 2023): x[I] <- x[I] + s (W x[I] + b) before the MLP, at D / part channels; released: s = 1."""
+    """SCT (Zhao et al., 2023): before the MLP x[I] <- x[I] + scale (W x[I] + b), K channels. Released with scale 1."""
     model, K = SalientChannels(vit, num_classes, s), max(1, vit.D // s.part)
     for layer in vit.blocks:
         layer.between = Side(lambda x, p: x.index_copy(-1, p.I, x[..., p.I] + s.scale * (x[..., p.I] @ p.W.T + p.b)),
@@ -253,7 +253,7 @@ class SPT(Tuned):
         """Find S, how sensitive the loss is to each number: the sum over 16 batches of its squared gradient."""
         W_b = [p.requires_grad_() for part in self.parts for p in (part.weight, part.bias)]
         S = [0] * len(self.parts)
-        for (images, labels), _ in zip(batches, range(16)):
+        for _, (images, labels) in zip(range(16), batches):
             grads = torch.autograd.grad(F.cross_entropy(self.eval()(images), labels), W_b)
             S = [x + torch.cat([W.reshape(len(b), -1), b[:, None]], dim=1) ** 2
                  for x, W, b in zip(S, grads[::2], grads[1::2])]
@@ -284,8 +284,8 @@ def spt(vit, num_classes, s):
 
 
 def e2vpt(vit, num_classes, s):
-    """E2VPT (Han et al., 2023) without its pruning: N prompts P in every layer, as in VPT, and behind W_K and W_V N_kv
-    more keys and values E, the same for both."""
+    """E2VPT (Han et al., 2023) without its pruning: in every layer N prompts P, as in VPT, and N_kv more keys E,
+    which are values too, behind W_K and W_V."""
     def more(qkv, p):  # their queries are 0, and what these find is cut off after proj
         return torch.cat([qkv, torch.cat([0 * p.E, p.E, p.E], dim=-1).expand(len(qkv), -1, -1)], dim=1)
     model, bound = Tuned(vit, num_classes, s), (6 / (3 * vit.patch_size ** 2 + vit.D)) ** 0.5

@@ -534,7 +534,7 @@ def test_does_not_fold_into_a_plain_vit(name):
 
 
 def test_the_parts_of_fc1_and_fc2_have_a_slice_each_in_fact():
-    """y_j <- y_j + s V T_jᵀ U x, and y <- y + s V Σ_j T_j U x_j; the authors' code has mixtures for T_j."""
+    """y_j <- y_j + scale V T_jᵀ U x, and y <- y + scale V Σ_j T_j U x_j; the authors' code has mixtures for T_j."""
     model = system('fact', tiny(), r=5, scale=0.7)
     p, mlp = model.vit.blocks[1].mlp.fc1.side, model.vit.blocks[1].mlp
     with torch.no_grad():
