@@ -1,12 +1,12 @@
 """Tasks: which pictures are trained on, which are tested on, and how they become batches.
 
-A picture is a pair (uint8 tensor [3, H, W], class id). A set of pictures is anything with a length and
-an index: a list where they are in memory, `Files` where they are decoded when asked for. Before that it is
-a sample: a pair (where it lies, class id).
+A picture is a pair (uint8 tensor [3, H, W], class id). A set of pictures is anything with a length and an index: a
+list where they are in memory, `Files` where they are decoded when asked for. Before that it is a sample: a pair (where
+it lies, class id).
 
-There is a reader for each layout: VTAB-1k's lists (Zhai et al., 2019: 1,000 training pictures, of which 200
-serve for validation, all test ones), torchvision's data sets where those lists are missing, VPT's lists for
-FGVC (Jia et al., 2022), folders of your own, and pictures of shapes, which are drawn.
+There is a reader for each layout: VTAB-1k's lists (Zhai et al., 2019: 1,000 training pictures, of which 200 serve for
+validation, all test ones), torchvision's data sets where those lists are missing, VPT's lists for FGVC (Jia et al.,
+2022), folders of your own, and pictures of shapes, which are drawn.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageOps
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
@@ -135,7 +135,7 @@ def resized(config):
     return round(config.img_size * 256 / 224)
 
 
-DECODED = set()  # files that `in_memory` has found whole and left where they are
+look = cache(lambda path: read_image(path, (1, 1)).shape)  # at a file that stays where it is: once for many runs
 
 
 def in_memory(pictures, config, device):
@@ -151,19 +151,16 @@ def in_memory(pictures, config, device):
             return kept
         return [(image.to(device), label) for image, label in kept]
     samples = [sample for part in getattr(pictures, 'datasets', [pictures]) for sample in part.samples]
-    new = [(path, -1) for path, _ in samples if not isinstance(path, Place) and path not in DECODED]
-    for _ in decoded(Files(new, (1, 1)).__getitem__, range(len(new)), workers_of(config)):
+    for _ in decoded(look, [path for path, _ in samples if not isinstance(path, Place)], workers_of(config)):
         pass
-    DECODED.update(path for path, _ in new)  # many runs on one task look at it once
     return pictures
 
 
 def workers_of(config):
     """How many threads decode: `workers`; for 'auto' one for each CPU of this process, at most 8."""
-    if config.workers != 'auto':
-        return int(config.workers)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, min(8, cpus) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    auto = max(1, min(8, cpus) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    return auto if config.workers == 'auto' else int(config.workers)
 
 
 def decoded(work, requests, workers):
@@ -207,8 +204,7 @@ def read_list(path, classes):
     Raises InputError with the file and the line if a line has no class id below `classes`, or names a
     file outside of the folder."""
     try:
-        with open(path, encoding='utf-8-sig') as file:
-            text = file.read().rstrip()
+        text = path.read_text(encoding='utf-8-sig').rstrip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f'{path}: not a readable list of images ({error})') from None
     if not text:
@@ -241,9 +237,8 @@ def compared(parts, classes, note, config):
     for name, samples, n in zip(('train', 'validate', 'test'), parts, (config.n_train, config.n_val, config.n_test)):
         if len(samples) != n:
             notes.append(f'{len(samples)} images to {name} on, and not {n}')
-    seen = {label for _, label in parts[0]}
-    if len(seen) < config.classes:
-        notes.append(f'{config.classes - len(seen)} of {config.classes} classes have no training image')
+    if missing := config.classes - len({label for _, label in parts[0]}):
+        notes.append(f'{missing} of {config.classes} classes have no training image')
     return Task(*(Files(samples, resized(config)) for samples in parts), classes, notes)
 
 
@@ -403,21 +398,18 @@ HIDDEN = re.compile(r'(^|[/\\])(\.|__)')  # in a path, what starts with . or __:
 def read_folder(path, notes, classes=None):
     """Samples of a folder with a folder of images for each class, and the classes. With `classes`, ids are
     places in these, and another one raises InputError. Files that are no images for torchvision are noted."""
-    others = []
-
-    def is_image(file):
-        shown, image = not HIDDEN.search(os.path.relpath(file, path)), file.lower().endswith(IMG_EXTENSIONS)
-        others.extend([file] * (shown and not image))
-        return shown and image
-
     try:
         names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not HIDDEN.match(entry.name))
-        samples = make_dataset(path, {name: i for i, name in enumerate(names)}, is_valid_file=is_image)
+        found = make_dataset(path, {name: i for i, name in enumerate(names)},
+                             is_valid_file=lambda file: not HIDDEN.search(os.path.relpath(file, path)))
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f'{path}: no folder of images by class ({error}); it should hold CLASS/*.jpg') from None
+    samples = [(file, label) for file, label in found if file.lower().endswith(IMG_EXTENSIONS)]
+    if empty := sorted(set(range(len(names))) - {label for _, label in samples}):
+        raise InputError(f'{path / names[empty[0]]}: no image for torchvision; it should hold *.jpg or the like')
     if len({os.path.realpath(file) for file, _ in samples}) < len(samples):
         raise InputError(f'{path}: a file is there twice by way of a link; is there a link that leads back?')
-    if others:
+    if others := [file for file, _ in found if not file.lower().endswith(IMG_EXTENSIONS)]:
         notes.append(f'{len(others)} files in {path} are left out, no images for torchvision: {others[0]}')
     classes = names if classes is None else classes
     if unknown := sorted(set(names) - set(classes)):
@@ -494,22 +486,24 @@ SOURCES = {'vtab': vtab, 'fgvc': fgvc, 'folder': folders, 'shapes': shapes}
 # ---- Batches --------------------------------------------------------------------------------------------
 
 
-def batches(pictures, config, device, epoch=None):
+def batches(pictures, config, device, epoch=None, part=slice(None)):
     """Yield (images float [B, 3, H, W], normalised, labels [B]) on the device.
 
-    With an epoch: shuffled and augmented for training, by random numbers that depend on the seed and the
-    epoch alone. Without: in order, the middle of each picture, as for a test."""
+    With an epoch: shuffled and augmented for training, by random numbers that depend on the seed and the epoch alone
+    (two seeds below 4,294 never share any: torch takes 32 bits). Without: in order, the middle of each picture.
+    part: which of each batch, where processes share them; one that has none of a batch gets its first picture."""
     generator = torch.Generator().manual_seed(1_000_003 * config.seed + (epoch or 0))
     order = range(len(pictures)) if epoch is None else torch.randperm(len(pictures), generator=generator).tolist()
     draws = torch.rand(2 + 3 * len(order), generator=generator)[2:].view(-1, 3)  # the first two were another's once
     mean, std = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (config.mean, config.std))
 
     def crops(start):
-        batch = slice(start, start + config.batch)
-        images, labels = zip(*(pictures[i] for i in order[batch]))
+        places = range(len(order))[start:start + config.batch]
+        places = [*(places[part] or places[:1])]
+        images, labels = zip(*(pictures[order[place]] for place in places))
         if epoch is None or config.augment == 'none':
             return torch.stack([center_crop(image, config.img_size) for image in images]), torch.tensor(labels)
-        return augment(images, config.img_size, draws[batch]), torch.tensor(labels)
+        return augment(images, config.img_size, draws[places]), torch.tensor(labels)
 
     workers = 0 if isinstance(pictures, list) else workers_of(config)
     for images, labels in decoded(crops, range(0, len(order), config.batch), workers):
@@ -517,7 +511,7 @@ def batches(pictures, config, device, epoch=None):
 
 
 def augment(images, size, draws):
-    """A window of each image [3, H, W], flipped or not, by random numbers [B, 3] from 0 to 1: uint8 [B, 3, size, size]."""
+    """A window of each image [3, H, W], half of them flipped, by draws from 0 to 1 [B, 3]: uint8 [B, 3, size, size]."""
     windows = []
     for image, (top, left, _) in zip(images, draws.tolist()):
         i, j = int(top * (image.shape[1] - size + 1)), int(left * (image.shape[2] - size + 1))

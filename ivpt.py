@@ -9,7 +9,10 @@ explained on top of vit.py. "Eq. 5" always means the paper's.
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize
+from torchvision.utils import draw_bounding_boxes, make_grid
 
 from vit import InputError, attend, init_linear
 
@@ -167,7 +170,7 @@ class IVPT(nn.Module):
     - AR acts between layers, so L-1 times: "subsequently input into the next transformer layer", and only
       so are Table 8's 0.18M for AR met (tests/test_4_accounting.py).
     - EXPRESS's residuals are on the outputs of the three parts, as the text of 4.3 and Das et al. have it;
-      Figure 3's caption says before. The class token is classified, as everywhere here.
+      Figure 3's caption says before. What is classified is the ViT's `readout`, as everywhere here.
 
     Raises ValueError if the numbers do not fit the ViT or each other.
     """
@@ -283,3 +286,40 @@ def look(model, images):
     return {'logits': logits, 'w': w,
             'Omega': top_k(w[:, :-1], model.k) if getattr(model, 'reinforcement', '') == 'topk' else None,
             'P_hat': torch.stack(P_hat, dim=-3) if P is not None else None}
+
+
+# ---- Figure 7: where the class token looks ----------------------------------------------------------------
+
+TILE = 112  # pixels of a picture and of a map
+
+
+def tiles(image, seen, mean, std):
+    """An image [1, 3, H, W] as the model gets it and a map for each layer, side by side: uint8 [3, TILE, W]."""
+    mean, std = (torch.tensor(x, device=image.device).view(3, 1, 1) for x in (mean, std))
+    picture = ((image[0] * std + mean) * 255).round().clip(0, 255).to('cpu', torch.uint8)
+    row = [resize(picture, [TILE, TILE])]
+    for l, w in enumerate(seen['w'][0].float().cpu()):
+        reinforced = [] if seen['Omega'] is None or l == len(seen['Omega'][0]) else seen['Omega'][0, l].tolist()
+        row.append(heat_map(row[0], w, reinforced))
+    return make_grid(torch.stack(row), nrow=len(row), padding=2, pad_value=255)
+
+
+def heat_map(picture, w, reinforced=()):
+    """Attention w [M], relative to its largest, as heat over a picture, uint8 [3, TILE, TILE], from black over
+    red and yellow to white; the patches whose numbers are in `reinforced` are outlined."""
+    side = round(len(w) ** 0.5)
+    w = resize((w / w.max()).view(1, side, side), [TILE, TILE], InterpolationMode.NEAREST)
+    heat = torch.cat([(3 * w - i).clip(0, 1) for i in range(3)])  # [3, TILE, TILE]
+    drawn = (0.4 * picture + 0.6 * 255 * heat).to(torch.uint8)
+    patch = TILE / side
+    boxes = torch.tensor([[i % side * patch, i // side * patch, (i % side + 1) * patch - 1, (i // side + 1) * patch - 1]
+                          for i in reinforced])
+    return draw_bounding_boxes(drawn, boxes, colors='cyan', width=2) if len(boxes) else drawn
+
+
+def caption(words, row):
+    """A white strip as wide as a row, with words at the left of the first tiles: uint8 [3, 18, W]."""
+    strip = Image.new('RGB', (row.shape[2], 18), 'white')
+    for i, text in enumerate(words):
+        ImageDraw.Draw(strip).text((4 + i * (TILE + 2), 1), text, fill='black', font=ImageFont.load_default(14))
+    return pil_to_tensor(strip)

@@ -29,18 +29,20 @@ import re
 import sys
 import time
 from contextlib import suppress
-from itertools import count, product
+from datetime import timedelta
+from itertools import count, product, takewhile
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import yaml
-from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
+from torchvision.transforms.functional import to_pil_image
 
 import data
 import ivpt
@@ -52,36 +54,45 @@ HERE = Path(__file__).resolve().parent
 # ---- The loop -------------------------------------------------------------------------------------------
 
 
-def train(model, optimizer, pictures, config, device, done=0):
+OFF = torch.amp.GradScaler('cpu', enabled=False)
+
+
+def train(model, optimizer, pictures, config, device, done=0, scaler=OFF):
     """Train what the optimizer holds, after `done` epochs; after each yield its loss, learning rate and images/s.
 
-    Every random number depends on the seed and the epoch alone, so that an interruption changes nothing.
-    Raises FloatingPointError at the first step whose loss is not finite, before it changes anything, and
-    after an epoch whose last step made a parameter so."""
-    steps = math.ceil(len(pictures) / config.batch)  # of an epoch
+    Every random number depends on the seed and the epoch alone, so that an interruption changes nothing. Processes that
+    share the run each take a part of every batch. Losses are read once an epoch: to read one makes a GPU wait.
+    Raises FloatingPointError after an epoch in which a loss, or at whose end a parameter, is not finite."""
+    rank, world = parts()
+    replica = DistributedDataParallel(model) if world > 1 else model
+    sizes = [len(range(len(pictures))[i:i + config.batch]) for i in range(0, len(pictures), config.batch)]
     for epoch in range(done, config.epochs):
         torch.manual_seed(1_000_003 * config.seed + epoch)
         model.train()
-        start, total = time.perf_counter(), 0.0
-        for step, (images, labels) in enumerate(data.batches(pictures, config, device, epoch)):
-            lr = config.lr * schedule(epoch * steps + step, config.epochs * steps, config.warmup)
+        start, losses = time.perf_counter(), []
+        batches = data.batches(pictures, config, device, epoch, slice(rank, None, world))
+        for step, (images, labels) in enumerate(batches):
+            lr = config.lr * schedule(epoch * len(sizes) + step, config.epochs * len(sizes), config.warmup)
             for group in optimizer.param_groups:
                 group['lr'] = lr
+            share = len(range(sizes[step])[rank::world]) / sizes[step]  # this process's part of the batch; 1 alone
             with autocast(device, config):
-                loss = F.cross_entropy(model(images), labels)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FloatingPointError(f'the loss is {value} in epoch {epoch + 1}, step {step + 1}')
+                loss = F.cross_entropy(replica(images), labels) * (share * world)  # DDP takes the mean of gradients
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += value * len(labels)
-            live(f'epoch {epoch + 1}, step {step + 1}/{steps}, loss {value:.4f}')
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.detach() / world)
+            live(f'epoch {epoch + 1}, step {step + 1}/{len(sizes)}')
+        losses = summed(torch.stack(losses)).tolist()
+        for step, loss in enumerate(losses, start=1):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f'the loss is {loss} in epoch {epoch + 1}, step {step}')
         if not all(p.isfinite().all() for group in optimizer.param_groups for p in group['params']):
             raise FloatingPointError(f'a parameter is not finite after epoch {epoch + 1}')
         seconds = time.perf_counter() - start
-        yield {'epoch': epoch + 1, 'loss': total / len(pictures), 'lr': lr, 'seconds': seconds,
-               'images_per_second': len(pictures) / seconds}
+        yield {'epoch': epoch + 1, 'loss': sum(loss * n for loss, n in zip(losses, sizes)) / len(pictures), 'lr': lr,
+               'seconds': seconds, 'images_per_second': len(pictures) / seconds}
 
 
 def schedule(step, steps, warmup):
@@ -112,8 +123,21 @@ def decays(name, config):
 
 
 def autocast(device, config):
-    """bfloat16 on a GPU, nothing elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and device.type == 'cuda')
+    """The number format of a run, in what torch deems safe for it."""
+    return torch.autocast(device.type, getattr(torch, config.precision), enabled=config.precision != 'float32')
+
+
+def parts():
+    """(rank, number) of the processes that share one run; (0, 1) alone."""
+    shared = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+
+
+def summed(x):
+    """A tensor, summed over the processes that share a run."""
+    if parts()[1] > 1:
+        dist.all_reduce(x)
+    return x
 
 
 @torch.no_grad()
@@ -123,13 +147,16 @@ def accuracy(model, pictures, config, device, noise=0.0):
     noise: proportion of Gaussian noise, mean 0 and standard deviation 1, that normalised images are mixed with, the
     same for every model (Figures 4 and 6; the paper does not say how it mixes)."""
     model.eval()
-    right, generator = 0, torch.Generator().manual_seed(0)
-    for images, labels in data.batches(pictures, config, device):
+    (rank, world), generator = parts(), torch.Generator().manual_seed(0)
+    right, mine = torch.zeros((), dtype=torch.int64, device=device), pictures
+    if world > 1:
+        mine = Subset(pictures, range(len(pictures))[rank::world])
+    for images, labels in data.batches(mine, config, device):
         if noise:
             images = (1 - noise) * images + noise * torch.randn(images.shape, generator=generator).to(device)
         with autocast(device, config):
-            right += (model(images).argmax(dim=1) == labels).sum().item()
-    return right / len(pictures)
+            right += (model(images).argmax(dim=1) == labels).sum()
+    return summed(right).item() / len(pictures)
 
 
 # ---- One run --------------------------------------------------------------------------------------------
@@ -157,9 +184,35 @@ def make_model(config, classes):
     return model
 
 
-def find_device():
-    """A GPU where there is one."""
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+def find_device(name='auto'):
+    """A device by torch's name. `auto`: an accelerator (CUDA, XPU, MPS) where there is one, else the CPU; of several,
+    under torchrun, that of this process. Raises InputError if it is not there."""
+    if name == 'auto' and torch.accelerator.is_available():
+        name = f'{torch.accelerator.current_accelerator()}:{os.environ.get("LOCAL_RANK", 0)}'
+    try:
+        return torch.empty(0, device='cpu' if name == 'auto' else name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f'device {name} cannot be used ({str(error).splitlines()[0]}); --set device=cpu always can') from None
+
+
+WIDE_ENOUGH = 384  # channels from which bfloat16 is faster than float32 on a CPU that has it (README)
+
+
+def number_format(config, device):
+    """What a run computes in, and why. `auto` is bfloat16 where the device has instructions for it, on a CPU for models
+    of at least WIDE_ENOUGH channels; float16 on GPUs that have it and no bfloat16 (V100, T4, 2080 Ti); else float32."""
+    if config.precision != 'auto':
+        return config.precision, 'as asked for'
+    if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
+        return 'bfloat16', 'this GPU has it'
+    if device.type == 'cuda' and torch.cuda.get_device_capability(device) in ((7, 0), (7, 5)):
+        return 'float16', 'this GPU has it and no bfloat16'
+    has = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
+    if has.get('avx512_bf16') or has.get('amx_bf16'):
+        D = vit.SIZES[vit.parse_name(config.model)[0]][0]
+        wide = D >= WIDE_ENOUGH
+        return ('bfloat16' if wide else 'float32'), f'this CPU has bfloat16, which pays from D = {WIDE_ENOUGH} on; here D = {D}'
+    return 'float32', 'this device has no other fast format'
 
 
 def trained(model):
@@ -172,8 +225,9 @@ def run(config, again=False):
 
     What an earlier process finished is not run again, and where it was interrupted it goes on. With `again` it is
     made anew in a folder within its own, and takes the old one's place when it has ended."""
-    folder, device = folder_of(config), find_device()
+    folder, device = folder_of(config), find_device(config.device)
     take_place(folder)
+    config.precision, why = number_format(config, device)
     task = data.load(config)
     model = make_model(config, len(task.classes)).to(device)
     identify(config, task, model)
@@ -184,14 +238,15 @@ def run(config, again=False):
         return result
     place = folder / AGAIN if again and folder.exists() else folder
     optimizer = make_optimizer(model, config)
-    header(config, task, model, device)
-    records = resume(place, model, optimizer, config, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == 'float16')
+    header(config, task, model, device, why)
+    records = resume(place, model, optimizer, scaler, config, device)
     learn, score = decoded(config, task, device)
     write_log(place, records)  # what cannot be written is found out before the first epoch
     try:
-        for record in train(model, optimizer, learn, config, device, len(records)):
+        for record in train(model, optimizer, learn, config, device, len(records), scaler):
             records.append(record)
-            save(place, model, optimizer, records, config, device)
+            save(place, model, optimizer, scaler, records, config, device)
             left = sum(r['seconds'] for r in records) / len(records) * (config.epochs - len(records))
             say('epoch {epoch:3d}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  {images_per_second:.0f} images/s  '
                 '{left} left'.format(**record, epochs=config.epochs, left=clock(left)))
@@ -268,7 +323,7 @@ def is_random(config):
 
 def environment(device):
     """What the bits of a result depend on beside the settings."""
-    return {'device': str(device), 'threads': torch.get_num_threads(), 'torch': str(torch.__version__),
+    return {'device': device.type, 'threads': torch.get_num_threads(), 'torch': str(torch.__version__),
             'torchvision': torchvision.__version__}
 
 
@@ -277,7 +332,7 @@ def kept(folder, records):
     return f'Epoch {len(records)} is kept in {folder}' if records else 'No epoch was done yet'
 
 
-def header(config, task, model, device):
+def header(config, task, model, device, why):
     """Say what is about to be trained, on what, with what."""
     parts = trained(model)
     count, frozen = sum(p.numel() for p in parts.values()), sum(p.numel() for p in model.parameters())
@@ -293,8 +348,8 @@ def header(config, task, model, device):
         f'{table_18}, weights {config.weights} ({config.backbone})')
     say(f'pixels    {config.normalisation}')
     say(f'method    {config.method}, seed {config.seed}: {count / 1e6:.3f}M trained ({sizes}){paper}')
-    say('device    {device}{bf16}, {threads} threads, torch {torch}, torchvision {torchvision}'.format(
-        **environment(device), bf16=' in bfloat16' if config.bf16 and device.type == 'cuda' else ''))
+    say('device    {device}, {threads} threads, torch {torch}, torchvision {torchvision}'.format(**environment(device)))
+    say(f'numbers   {config.precision}: {why}')
 
 
 def clock(seconds):
@@ -304,20 +359,21 @@ def clock(seconds):
 
 def live(line):
     """On a terminal, show a line that the next one overwrites."""
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and parts()[0] == 0:
         print(f'\r{line:<79}', end='', flush=True)
 
 
 def say(line):
     """Print a line, over a live one if there is one."""
-    print(f'\r{line:<79}' if sys.stdout.isatty() else line, flush=True)
+    if parts()[0] == 0:
+        print(f'\r{line:<79}' if sys.stdout.isatty() else line, flush=True)
 
 
 # ---- The files of a run: whole at every moment, and found out if they are not -----------------------------
 
 CHECKPOINTS = ('checkpoint-0.pth', 'checkpoint-1.pth')  # after an even and an odd number of epochs
 NAMES = (*CHECKPOINTS, 'log.jsonl', 'params.pth', 'result.json')
-FREE = {'data', 'weights', 'runs', 'point', 'workers', 'cache_gb', 'grid', 'normalisation', 'paper_accuracy',
+FREE = {'data', 'weights', 'runs', 'point', 'workers', 'device', 'cache_gb', 'grid', 'normalisation', 'paper_accuracy',
         'paper_params', 'paper_backbone_params'}  # settings that change no number of a run; paths have digests instead
 AGAIN = 'again'  # in a run's folder: the same run, made anew, until it has ended
 
@@ -333,7 +389,10 @@ def digest(content):
 
 
 def write(path, content):
-    """Put bytes into a file that is there wholly or not at all, whatever happens on the way."""
+    """Put bytes into a file that is there wholly or not at all, whatever happens on the way. Of processes that share a
+    run the first one alone writes."""
+    if parts()[0] > 0:
+        return
     part = path.with_name(f'{path.name}.{os.getpid()}.{time.monotonic_ns()}.part')  # of this process alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -358,11 +417,11 @@ def read(path):
         return None
 
 
-def save(folder, model, optimizer, records, config, device):
+def save(folder, model, optimizer, scaler, records, config, device):
     """Write a checkpoint: its digest, then all that the next epoch depends on. The one before stays."""
     file = io.BytesIO()
     torch.save({'config': vars(config), 'environment': environment(device), 'records': records,
-                'trained': trained(model), 'optimizer': optimizer.state_dict()}, file)
+                'trained': trained(model), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict()}, file)
     write(folder / CHECKPOINTS[len(records) % 2], digest(file.getvalue()).encode() + file.getvalue())
     write_log(folder, records)
 
@@ -388,8 +447,8 @@ def read_checkpoint(path, config):
     return checkpoint
 
 
-def resume(folder, model, optimizer, config, device):
-    """Put model and optimizer where the newest whole checkpoint left them; return the records of its epochs."""
+def resume(folder, model, optimizer, scaler, config, device):
+    """Put model, optimizer and scaler where the newest whole checkpoint left them; return the records of its epochs."""
     found = [checkpoint for name in CHECKPOINTS if (checkpoint := read_checkpoint(folder / name, config))]
     if not found:
         return []
@@ -402,6 +461,7 @@ def resume(folder, model, optimizer, config, device):
         raise InputError(f'{folder}: a checkpoint holds parameters of other names or sizes; --again starts over')
     model.load_state_dict(newest['trained'], strict=False)
     optimizer.load_state_dict(newest['optimizer'])
+    scaler.load_state_dict(newest['scaler'])
     say(f'resumed   after epoch {len(newest["records"])} of {config.epochs}, from {folder}')
     if changed := differences(newest['environment'], environment(device)):
         say(f'          with {changed}: not the same bits as without an interruption')
@@ -417,12 +477,13 @@ def start_over(folder):
 
 def take_place(folder):
     """Put the files of a run that was made anew, and has ended, in the place of the old ones; result.json last."""
-    if (folder / AGAIN / 'result.json').exists():
+    if (folder / AGAIN / 'result.json').exists() and parts()[0] == 0:
         for name in NAMES:
             if (folder / AGAIN / name).exists():
                 (folder / AGAIN / name).replace(folder / name)
         start_over(folder / AGAIN)
         (folder / AGAIN).rmdir()
+    summed(torch.zeros(1))  # nobody goes on before it is done
 
 
 def differences(old, new):
@@ -440,6 +501,8 @@ def same_settings(old, config, folder):
 
 def set_aside(path, why):
     """Rename a file that cannot be used, and say so. Returns None."""
+    if parts()[0] > 0:
+        return
     aside = next(aside for n in count(1) if not (aside := path.with_name(f'{path.name}.damaged{n}')).exists())
     path.replace(aside)
     say(f'{path} is {why}: set aside as {aside.name}')
@@ -470,46 +533,77 @@ def parse_result(content):
 
 
 def run_all(runs, again, searching):
-    """Run one after another. What is wrong with one (data that is not there, a rate too high) is said once, and the
-    next has its turn; a file that cannot be written ends them all. Returns results and exit status."""
-    results, best, said = [], {}, set()
+    """Run all: here one after another; under torchrun each in the process that is free next, and one alone in all of
+    them together. With a search, its points come first. What is wrong with one run (data that is not there, a rate too
+    high) is said once, and the next has its turn. Returns the results and the exit status, to the first process."""
+    first, best = {}, {}  # of the runs of one task, model and method: the first searches for all; what it found
     for config in runs:
+        first.setdefault((config.task, config.model, config.method), config)
+    jobs = [point for config in first.values() for point in points(config) if searching] + runs
+    (store, turns), said = take_turns(len(jobs), runs[0].device), set()
+    for config in map(jobs.__getitem__, turns):
+        result = None  # what the others see of a run that failed
         try:
-            if searching:
-                key = config.task, config.method  # its other seeds take what the first found
-                best[key] = best.get(key) or search(config, again)
-                config = SimpleNamespace(**vars(config) | best[key])
-            results.append(run(config, again))
-        except (InputError, torch.cuda.OutOfMemoryError) as error:
+            if searching and not config.point:
+                key = config.task, config.model, config.method
+                best[key] = best.get(key) or search(first[key], store)
+                vars(config).update(best[key])
+            result = run(config, again)
+        except (InputError, torch.OutOfMemoryError) as error:
+            if config.point and isinstance(error, Diverged):
+                result = {'accuracy': None}  # the point loses
             if str(error) not in said:
                 complain(error)
             said.add(str(error))
-    return results, 2 if said else 0
+        store.set(str(folder_of(config)), json.dumps(result))
+    if int(os.environ.get('RANK', 0)) > 0:
+        return [], 0
+    results = [told(store, config) for config in jobs]
+    return [result for result in results[-len(runs):] if result], 2 if None in results else 0
 
 
-def search(config, again=False):
-    """VPT's protocol: train on `train`, score on `val`, at each point of the grid. Returns the best point's settings.
+def take_turns(n, device):
+    """A store of what became of n runs, and the numbers of those that this process does. Under torchrun the store is
+    its own, with a counter of the runs that are taken; one alone is shared, and the processes form a group."""
+    if 'RANK' not in os.environ:
+        return dist.HashStore(), range(n)
+    store, rank, world = next(dist.rendezvous('env://'))
+    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)  # after a restart all starts anew
+    store.set_timeout(timedelta(days=999))
+    if n == 1:
+        backend = dist.get_default_backend_for_device(find_device(device))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        return store, range(1)
+    return store, takewhile(lambda i: i < n, (store.add('turn', 1) - 1 for _ in count()))
 
-    Ties go to the smaller learning rate. All scores are printed and written to search.json."""
-    scores = []
+
+def told(store, config):
+    """What became of a run, as soon as it has: its result, or None."""
+    return json.loads(store.get(str(folder_of(config))))
+
+
+def points(config):
+    """The runs of a search: VPT's protocol, train on `train` and score on `val`, at each point of the grid."""
     for values in product(*config.grid.values()):
         point = dict(zip(config.grid, values))
-        where = {'score_on': 'val', 'point': f'search/{",".join(f"{name}={value}" for name, value in point.items())}'}
-        try:
-            score = run(SimpleNamespace(**vars(config) | point | where), again)['accuracy']
-        except Diverged as error:
-            say(str(error))
-            score = None
-        scores.append((point, score))
+        name = ','.join(f'{name}={value}' for name, value in point.items())
+        yield SimpleNamespace(**vars(config) | point | {'score_on': 'val', 'point': f'search/{name}'})
+
+
+def search(config, store):
+    """The best point of a search, as settings. Ties go to the smaller learning rate. All scores are printed and written
+    to search.json. Raises Diverged if no point has a score."""
+    scores = [({name: getattr(point, name) for name in config.grid}, (told(store, point) or {}).get('accuracy'))
+              for point in points(config)]
     scores.sort(key=lambda row: (-1 if row[1] is None else row[1], -row[0].get('lr', 0)), reverse=True)
     rows = [point | {'accuracy': score} for point, score in scores]
     write(folder_of(config) / 'search.json', json.dumps(rows, indent=1).encode())
-    say(f'search    {config.task}, {config.method}, seed {config.seed}: accuracy on the validation images')
+    say(f'search    {config.task}, {config.model}, {config.method}, seed {config.seed}: accuracy on validation images')
     for point, score in scores:
-        say(f'          {point}: {"diverged" if score is None else f"{100 * score:.2f}%"}')
+        say(f'          {point}: {"none" if score is None else f"{100 * score:.2f}%"}')
     best, score = scores[0]
     if score is None:
-        raise Diverged(f'{folder_of(config)}: every point of the grid diverged; give it lower rates: '
+        raise Diverged(f'{folder_of(config)}: no point of the grid has come to an end; give it lower rates: '
                        '--set grid="{lr: [...]}"')
     for name, values in config.grid.items():
         if len(values) > 1 and best[name] and best[name] in (min(values), max(values)):  # there is nothing below 0
@@ -619,15 +713,15 @@ def markdown(*cells):
     return '| ' + ' | '.join(str(x) for cell in cells for x in ([cell] if isinstance(cell, str) else cell)) + ' |'
 
 
-def with_noise(runs, rates, changes):
+def with_noise(runs, rates, device, changes):
     """Test finished runs on images that are mixed with noise (Figures 4 and 6), add the accuracies to their results,
     and print them, method by method. What is wrong with one run is said, and the next has its turn. Returns the status."""
     found, said = {}, set()
     for folder in runs:
         try:
-            config, classes, model = open_run(folder, find_device(), changes)
+            config, classes, model = open_run(folder, device, changes)
             task, result = task_of(config, folder), read_result(folder)
-            scores = {f'{rate:g}': accuracy(model, task.test, config, find_device(), rate) for rate in rates}
+            scores = {f'{rate:g}': accuracy(model, task.test, config, device, rate) for rate in rates}
             write_result(folder, result | {'noise': result.get('noise', {}) | scores})
             key = config.task, config.model + is_random(vars(config)), f'`{config.method}`'
             found.setdefault(key, []).append(scores.values())
@@ -642,8 +736,6 @@ def with_noise(runs, rates, changes):
 
 
 # ---- Looking at a run (Figure 7) -----------------------------------------------------------------------
-
-TILE = 112  # pixels of a picture and of a map
 
 
 def show(folders, files, path, device, changes):
@@ -663,15 +755,15 @@ def show(folders, files, path, device, changes):
             seen = ivpt.look(model, image)
             p, best = seen['logits'][0].float().softmax(dim=0).topk(min(5, len(classes)))
             truth = f', in truth {classes[label]}' if label >= 0 else ''
-            row = tiles(image, seen, config)
+            row = ivpt.tiles(image, seen, config.mean, config.std)
             words = f'{config.method}: {classes[best[0]]}{truth}{is_random(vars(config))}'
-            rows.append((i, caption([words], row), row))
+            rows.append((i, ivpt.caption([words], row), row))
             if files:
                 say(f'{files[i]}, by {folder}: ' + ', '.join(f'{classes[c]} {100 * x:.1f}%' for x, c in zip(p, best)))
     if len({row.shape for *_, row in rows}) > 1:
         raise InputError('runs of models with different numbers of layers do not fit one picture: --show them apart')
     rows.sort(key=lambda row: row[0])  # the runs of an image stand together
-    head = caption(['image'] + [f'layer {l}' for l in range(len(seen['w'][0]))], row)
+    head = ivpt.caption(['image'] + [f'layer {l}' for l in range(len(seen['w'][0]))], row)
     strips = [head] + [strip for _, *row in rows for strip in row]
     to_pil_image(torch.cat(strips, dim=1)).save(path)
     say(f"the class token's attention in each layer, and outlined what AR reinforces after it: {path}")
@@ -718,38 +810,6 @@ def task_of(config, folder):
         raise InputError(f'{folder} was trained and tested on other pictures than {config.data} has: {changed}; name '
                          'their folder with --data')
     return task
-
-
-def tiles(image, seen, config):
-    """An image [1, 3, H, W] as the model gets it and a map for each layer, side by side: uint8 [3, TILE, W]."""
-    mean, std = (torch.tensor(x, device=image.device).view(3, 1, 1) for x in (config.mean, config.std))
-    picture = ((image[0] * std + mean) * 255).round().clip(0, 255).to('cpu', torch.uint8)
-    row = [resize(picture, [TILE, TILE])]
-    for l, w in enumerate(seen['w'][0].float().cpu()):
-        reinforced = [] if seen['Omega'] is None or l == len(seen['Omega'][0]) else seen['Omega'][0, l].tolist()
-        row.append(heat_map(row[0], w, reinforced))
-    return make_grid(torch.stack(row), nrow=len(row), padding=2, pad_value=255)
-
-
-def heat_map(picture, w, reinforced=()):
-    """Attention w [M], relative to its largest, as heat over a picture, uint8 [3, TILE, TILE], from black over
-    red and yellow to white; the patches whose numbers are in `reinforced` are outlined."""
-    side = round(len(w) ** 0.5)
-    w = resize((w / w.max()).view(1, side, side), [TILE, TILE], InterpolationMode.NEAREST)
-    heat = torch.cat([(3 * w - i).clip(0, 1) for i in range(3)])  # [3, TILE, TILE]
-    drawn = (0.4 * picture + 0.6 * 255 * heat).to(torch.uint8)
-    patch = TILE / side
-    boxes = torch.tensor([[i % side * patch, i // side * patch, (i % side + 1) * patch - 1, (i // side + 1) * patch - 1]
-                          for i in reinforced])
-    return draw_bounding_boxes(drawn, boxes, colors='cyan', width=2) if len(boxes) else drawn
-
-
-def caption(words, row):
-    """A white strip as wide as a row, with words at the left of the first tiles: uint8 [3, 18, W]."""
-    strip = Image.new('RGB', (row.shape[2], 18), 'white')
-    for i, text in enumerate(words):
-        ImageDraw.Draw(strip).text((4 + i * (TILE + 2), 1), text, fill='black', font=ImageFont.load_default(14))
-    return pil_to_tensor(strip)
 
 
 # ---- Settings -------------------------------------------------------------------------------------------
@@ -844,7 +904,8 @@ RULES = {
     'augment': one_of('crop_flip', 'none'), 'optimizer': one_of('SGD', 'AdamW'),
     'save_dtype': one_of('float32', 'float16'), 'structure': one_of(*ivpt.STRUCTURES),
     'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'readout': one_of('cls', 'mean'), 'source': one_of(*data.SOURCES),
-    'torchvision': one_of('', *data.TORCHVISION), 'aggregation': ANY, 'bf16': ANY, 'task': TEXT, 'method': TEXT,
+    'torchvision': one_of('', *data.TORCHVISION), 'aggregation': ANY, 'device': TEXT, 'task': TEXT,
+    'precision': one_of('auto', 'float32', 'bfloat16', 'float16'), 'method': TEXT,
     'model': TEXT, 'data': FOLDER, 'runs': FOLDER, 'weights': TEXT, 'dir': TEXT, 'images': TEXT, 'ask': TEXT,
     'mean': COLOURS, 'std': (lambda x: COLOURS[0](x) and min(x) > 0, COLOURS[1] + ', above 0'), 'grid': GRID}
 
@@ -962,7 +1023,7 @@ def main(argv=None):
     try:
         configs = read_configs()
         return command(*arguments(argv, configs['defaults']), configs)
-    except (InputError, OSError, torch.cuda.OutOfMemoryError) as error:  # an OSError names its file
+    except (InputError, OSError, torch.OutOfMemoryError) as error:  # an OSError names its file
         complain(error)
         return 2
     except KeyboardInterrupt as stop:
@@ -987,11 +1048,12 @@ def command(args, changes, configs):
                                                     seeds or [defaults['seed']])
             for config in settings(configs, task, args.method, model, changes | {'seed': seed})]
     folders = [Path(args.run)] if args.run else [folder_of(config) for config in runs]
+    device = find_device(changes.get('device', 'auto'))
     if args.noise is not None:
-        return with_noise(folders, proportions(args.noise), changes)
+        return with_noise(folders, proportions(args.noise), device, changes)
     if args.show or args.image:
         path = Path(os.path.commonpath(folders)) / 'attention.png'
-        show(folders, args.image, path, find_device(), changes)
+        show(folders, args.image, path, device, changes)
         return 0
     results, status = run_all(runs, args.again, args.search)
     for result in results if len(results) > 1 else []:
@@ -1011,7 +1073,9 @@ def proportions(text):
 
 def complain(what):
     """One line for the user."""
-    if isinstance(what, torch.cuda.OutOfMemoryError):
+    if parts()[0] > 0:
+        return
+    if isinstance(what, torch.OutOfMemoryError):
         what = ('the GPU has too little memory: take smaller batches (--set batch=8), leave the pictures in their '
                 'files (--set cache_gb=0), or take a smaller model; --again starts a run over')
     line = ''.join(c if c.isprintable() else '?' for c in ' '.join(str(what).split()))

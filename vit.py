@@ -100,7 +100,7 @@ class Attention(nn.Module):
     def first_row(self, q, k):
         """w [B, T]: how the first query of q weighs the T keys of k, [B, N_h, T, d] each; mean over the heads.
         In float32 under any autocast: w decides what is reinforced, and in bfloat16 many weights are alike."""
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):  # one row beside `attend`
+        with torch.no_grad(), torch.autocast(q.device.type.replace('meta', 'cpu'), enabled=False):  # meta has none
             q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q[:, :, :1], k))
             w = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
             return w.mean(dim=1).squeeze(1)
@@ -110,7 +110,7 @@ class Attention(nn.Module):
 
         qᵀ(W_K x + b_K) = (W_Kᵀ q)ᵀ x + qᵀb_K, and the last term, the same for every x, cancels in the softmax;
         Σ_i w_i (W_V x_i + b_V) = W_V Σ_i w_i x_i + b_V, since the weights sum to 1. In float32 as `first_row`."""
-        with torch.autocast(token.device.type, enabled=False):
+        with torch.autocast(token.device.type.replace('meta', 'cpu'), enabled=False):
             x = [y.to(self.qkv.weight.dtype) for y in (token, *context)]
             W_Q, W_K, W_V = self.qkv.weight.unflatten(0, (3, self.N_h, -1))  # [N_h, d, D]
             b_Q, _, b_V = self.qkv.bias.unflatten(0, (3, self.N_h, -1))  # [N_h, d]
@@ -211,7 +211,7 @@ class ViT(nn.Module):
         return self.head(self.read(tokens))
 
     def last(self, tokens, *context):
-        """The last layer as far as it is read, for `read`: by 'cls', its z_cls asks alone, all others are context."""
+        """The last layer, as far as `read` needs it: with 'cls', z_cls alone asks, and all other tokens are context."""
         if self.readout == 'cls':
             tokens, others = tokens.split([1, tokens.shape[1] - 1], dim=1)
             context = others, *context

@@ -1,13 +1,14 @@
 """What prompts cost, as ratios to the plain frozen ViT. A command, not a test:
 
     python tests/bench.py                          ViT-B/16 at 224 pixels, batch 8, float32, on the CPU
-    python tests/bench.py --device cuda --dtype bfloat16 --batch 64 --prompts 10,50,200 --json FILE
+    python tests/bench.py --precision float32,auto --prompts 10,50,200 --json FILE
+    python tests/bench.py --device cuda --precision bfloat16 --batch 64
     python tests/bench.py --variants "iVPT 10,iVPT 200" --rounds 60       these and the plain ViT alone
     python tests/bench.py --loop where_blue        images/s of train.py's loop beside the model's alone
 
-All variants run in one process, round after round, in a random order each time, first the inferences and then
-the training steps; the ratio to the plain ViT is taken within each round, and the median over rounds is printed,
-with the quartiles. The plain ViT is run as timm runs it, every token through every layer, the last one included,
+All variants run in one process, in each number format, round after round, in a random order each time, first the
+inferences and then the training steps; the ratios to the plain ViT in the same format, and to the plain ViT in
+float32, are taken within each round, and the median over rounds is printed, with the quartiles. The plain ViT is run as timm runs it, every token through every layer, the last one included,
 and no attention weights beside; its head and position embedding are trained, so that a gradient flows through
 every layer. "Concatenated" is Eq. 3 taken literally, as the public code of the field does it: prompts are tokens
 of the sequence, with queries and an MLP of their own, and their outputs are dropped.
@@ -76,9 +77,9 @@ def build(variant, args):
     return (Concatenated(model) if concatenated else model).to(args.device)
 
 
-def step(model, images, labels, args):
+def step(model, images, labels, precision):
     """One training step: forward, backward, SGD."""
-    with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == 'bfloat16'):
+    with train.autocast(images.device, argparse.Namespace(precision=precision)):
         loss = F.cross_entropy(model(images), labels)
     loss.backward()
     with torch.no_grad():
@@ -89,9 +90,9 @@ def step(model, images, labels, args):
 
 
 @torch.inference_mode()
-def infer(model, images, labels, args):
+def infer(model, images, labels, precision):
     """One forward pass."""
-    with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == 'bfloat16'):
+    with train.autocast(images.device, argparse.Namespace(precision=precision)):
         model.eval()(images)
 
 
@@ -111,24 +112,26 @@ def batch(args):
     return images.to(args.device), torch.randint(args.classes, (args.batch,), generator=generator).to(args.device)
 
 
-def timings(variants, args):
-    """Medians of seconds and of the ratio to the plain ViT, and its quartiles, by variant and by kind of work."""
+def timings(variants, precisions, args):
+    """A row, as a dict, for each variant and format: medians of seconds and of the two ratios, quartiles of the first."""
     models, (images, labels) = {name: build(name, args) for name in variants}, batch(args)
     agree(models, images[:2])
-    rows = {name: {} for name in models}
-    for kind in (infer, step):  # inference as in a process that has not trained: its heap is another
-        taken = {name: [] for name in models}
+    rows = {(name, precision): {'variant': name, 'precision': precision} for precision in precisions for name in models}
+    for kind, function in (('inference', infer), ('training', step)):  # as in a process that has not trained: its heap is another
+        taken = {key: [] for key in rows}
         for round_ in range(args.rounds + 1):
-            for name in random.Random(round_).sample(list(models), len(models)):
-                t = seconds(kind, models[name], images, labels, args, device=args.device)
+            for name, precision in random.Random(round_).sample(list(rows), len(rows)):
+                t = seconds(function, models[name], images, labels, precision, device=args.device)
                 if round_:  # the first is a warm-up
-                    taken[name].append(t)
-        for name in models:
-            ratios = [a / b for a, b in zip(taken[name], taken['plain'])]
-            low, median, high = torch.tensor(ratios).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-            rows[name][kind.__name__] = {'seconds': statistics.median(taken[name]), 'ratio': median,
-                                         'quartiles': [low, high]}
-    return rows
+                    taken[name, precision].append(t)
+        for (name, precision), row in rows.items():
+            mine = taken[name, precision]
+            ratios = torch.tensor([a / b for a, b in zip(mine, taken['plain', precision])])
+            to_float32 = [a / b for a, b in zip(mine, taken.get(('plain', 'float32'), mine))]
+            row |= {f'{kind}_seconds': statistics.median(mine), kind: ratios.median().item(),
+                    f'{kind}_quartiles': ratios.quantile(torch.tensor([0.25, 0.75])).tolist(),
+                    f'{kind}_to_float32_plain': statistics.median(to_float32)}
+    return list(rows.values())
 
 
 @torch.no_grad()
@@ -141,16 +144,16 @@ def agree(models, images):
                 torch.testing.assert_close(ours(images), models[name](images), rtol=1e-3, atol=1e-3)
 
 
-def peak_memory(variant, args):
+def peak_memory(variant, precision, args):
     """Peak memory of three training steps in bytes: CUDA's own counter, or a fresh process's on the CPU."""
     if args.device == 'cuda':
         model, data = build(variant, args), batch(args)
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
-            step(model, *data, args)
+            step(model, *data, precision)
         return torch.cuda.max_memory_allocated()
     command = [sys.executable, __file__, '--only', variant, '--model', args.model, '--batch', str(args.batch),
-               '--k', str(args.k), '--dtype', args.dtype]
+               '--k', str(args.k), '--precision', precision]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -169,9 +172,10 @@ def multiply_adds(variant, args):
 
 def loop(task, changes, rounds):
     """Images/s of train.py's loop on a task, and of the same steps on one batch of random tensors, in turn."""
-    config, = train.settings(train.read_yaml((train.HERE / 'configs.yaml').read_text(), 'configs.yaml'), task,
-                             'ivpt', changes.pop('model', None), changes | {'epochs': rounds + 1, 'lr': 1e-9})
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    config, = train.settings(train.read_configs(), task, 'ivpt', changes.pop('model', None),
+                             changes | {'epochs': rounds + 1, 'lr': 1e-9})
+    device = train.find_device()
+    config.precision, _ = train.number_format(config, device)
     pictures = data.load(config)
     model = train.make_model(config, len(pictures.classes)).to(device)
     learn = data.in_memory(pictures.train + pictures.val, config, device)
@@ -183,7 +187,6 @@ def loop(task, changes, rounds):
         for _ in range(round(len(learn) / len(labels))):
             with train.autocast(device, config):
                 loss = F.cross_entropy(model(images), labels)
-            loss.item()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -203,7 +206,7 @@ def main():
     parser.add_argument('--model', default='vit_base_patch16_224')
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
+    parser.add_argument('--precision', default='float32', help='float32, bfloat16, float16 or auto, or several: float32,auto')
     parser.add_argument('--prompts', default='10', help='N, or several: 10,50,200')
     parser.add_argument('--k', type=int, default=10)
     parser.add_argument('--classes', type=int, default=100)
@@ -217,7 +220,7 @@ def main():
     if args.only:
         model, data = build(args.only, args), batch(args)
         for _ in range(3):
-            step(model, *data, args)
+            step(model, *data, args.precision)
         status = Path('/proc/self/status').read_text()  # Linux; getrusage would count the parent's peak as well
         print(int(status.split('VmHWM:')[1].split()[0]) * 1024)
         return
@@ -229,24 +232,30 @@ def main():
     Ns = args.prompts.split(',')
     variants = args.variants.split(',') if args.variants else [f'{method} {N}{how}' for N in Ns for method, how in (
         ('VPT', ' concatenated'), ('iVPT', ' concatenated'), ('VPT', ''), ('CDC', ''), ('iVPT', ''))]
-    rows = timings(['plain', *variants], args)
+    config, = train.settings(train.read_configs(), 'where_blue', 'ivpt', args.model, {'weights': 'random'})
+    formats = [train.number_format(argparse.Namespace(**vars(config) | {'precision': name}), torch.device(args.device))[0]
+               for name in args.precision.split(',')]
+    rows = timings(['plain', *variants], list(dict.fromkeys(formats)), args)
     device = torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    print(f'{args.model}, batch {args.batch}, {args.dtype}, {device}, torch {torch.__version__}, k={args.k}, '
-          f'medians over {args.rounds} rounds; ratios to the plain frozen ViT')
-    print('| variant, N | training step | ratio | inference | ratio | peak memory | ratio | trained | G multiply-adds'
-          ' | linear alone | Table 8 |\n' + '| --- ' * 11 + '|')
-    for name, row in rows.items():
-        row['memory'] = peak_memory(name, args)
+    print(f'{args.model}, batch {args.batch}, {device}, torch {torch.__version__}, k={args.k}, medians over {args.rounds} '
+          'rounds; ratios to the plain frozen ViT in the same format | in float32')
+    print('| variant, N | format | training step | ratio | | inference | ratio | | peak memory | ratio | trained | G multiply-adds'
+          ' | linear alone | Table 8 |\n' + '| --- ' * 14 + '|')
+    plain = {}
+    for row in rows:
+        name, precision = row['variant'], row['precision']
+        row['memory'] = peak_memory(name, precision, args)
+        plain.setdefault(precision, row['memory'])  # it comes first
         row['trained'] = sum(p.numel() for p in build(name, args).parameters() if p.requires_grad)
         row['multiply_adds'], row['linear_multiply_adds'] = multiply_adds(name, args)
-        times = ['{seconds:.3f} s | {ratio:.3f} ({quartiles[0]:.2f}-{quartiles[1]:.2f})'.format(**row[kind])
-                 for kind in ('step', 'infer')]
-        print(f'| {name} | {times[0]} | {times[1]} | {row["memory"] / 2 ** 20:.0f} MiB | {row["memory"] / rows["plain"]["memory"]:.3f} '
-              f'| {row["trained"] / 1e6:.2f}M | {row["multiply_adds"] / 1e9:.2f} '
+        times = [f'{row[f"{kind}_seconds"]:.3f} s | {row[kind]:.3f} ({row[f"{kind}_quartiles"][0]:.2f}-'
+                 f'{row[f"{kind}_quartiles"][1]:.2f}) | {row[f"{kind}_to_float32_plain"]:.3f}' for kind in ('training', 'inference')]
+        print(f'| {name} | {precision} | {times[0]} | {times[1]} | {row["memory"] / 2 ** 20:.0f} MiB '
+              f'| {row["memory"] / plain[precision]:.3f} | {row["trained"] / 1e6:.2f}M | {row["multiply_adds"] / 1e9:.2f} '
               f'| {row["linear_multiply_adds"] / 1e9:.2f} | {TABLE_8.get(name.split()[0], "")} |', flush=True)
     if args.json:
         args.json.write_text(json.dumps({'settings': vars(args) | {'json': str(args.json), 'device_name': device},
-                                         'variants': rows}, indent=1))
+                                         'rows': rows}, indent=1))
 
 
 if __name__ == '__main__':

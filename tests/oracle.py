@@ -66,7 +66,7 @@ def layer(layer, x, norm1=0, qkv=torch.zeros(3), proj=0):
 
 
 def read(model, z_cls, Z):
-    """What is classified, [B, D]: LayerNorm of the class token [B, 1, D], or of the mean of the image tokens [B, M, D]."""
+    """What is classified, [B, D]: LayerNorm of the class token [B, 1, D] or of the image tokens' [B, M, D] mean."""
     x = z_cls[:, 0] if model.readout == 'cls' else sum(Z.unbind(1)) / Z.shape[1]
     return layer_norm(model.norm, x)
 

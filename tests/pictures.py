@@ -16,7 +16,7 @@ import train
 import vit
 
 CONFIGS = yaml.safe_load((Path(train.__file__).parent / 'configs.yaml').read_text())
-TINY = dict(weights='random', n_train=40, n_val=10, n_test=20, epochs=2, batch=16, workers=0)  # a run of a second
+TINY = dict(weights='random', precision='float32', n_train=40, n_val=10, n_test=20, epochs=2, batch=16, workers=0)  # a run of a second
 
 
 NANO = 'vit_nano_patch8_48'

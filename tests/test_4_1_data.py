@@ -292,7 +292,7 @@ def test_pictures_take_no_more_than_half_of_what_is_free_on_a_gpu(free, moved, t
 def test_a_batch_goes_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch):
     x, did = torch.zeros(3), []
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda x: did.append('pinned') or x)
-    monkeypatch.setattr(torch.Tensor, 'to', lambda x, device, non_blocking: did.append((device.type, non_blocking)) or x)
+    monkeypatch.setattr(torch.Tensor, 'to', lambda x, device, non_blocking: did.append((device.type, non_blocking)))
     for device in (torch.device('cuda'), CPU):
         data.send(x, device)
     assert did == ['pinned', ('cuda', True), ('cpu', False)]

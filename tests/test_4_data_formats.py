@@ -511,6 +511,8 @@ def test_a_class_without_a_picture_is_refused_by_name(tmp_path):
     own(tmp_path, train={'cat': 2}, test={'cat': 1})
     (tmp_path / 'train' / 'empty').mkdir()
     assert 'empty' in refusal('folder', tmp_path)
+    write(tmp_path / 'train' / 'empty' / 'a.gif', b'')
+    assert f'{tmp_path / "train" / "empty"}: no image' in refusal('folder', tmp_path)
 
 
 @pytest.mark.parametrize('to', ['.', 'loop', '../../train'])
@@ -572,7 +574,7 @@ def test_every_picture_is_decoded_and_a_broken_one_named(cache_gb, workers, tmp_
     for part in (task.test, task.train + task.val):  # the second of two sets, too
         data.in_memory(part, config, CPU)
         path, _ = getattr(part, 'datasets', [part])[-1].samples[2]
-        data.DECODED.discard(path)
+        data.look.cache_clear()
         path.write_bytes(b'<html>')
         with pytest.raises(InputError) as error:
             data.in_memory(part, config, CPU)

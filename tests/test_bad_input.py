@@ -85,7 +85,10 @@ def test_a_wrong_command_line_is_refused_with_the_nearest_known_name(argv, said,
     ('workers=-1', 'workers is auto, or a number'),
     ('n_train=0', 'n_train goes from 1'),
     ('warmup=1.5', 'warmup goes from 0 to 0.99'),
-    ('bf16=1', 'bf16 is a bool, as True, not 1'),
+    ('aggregation=yes please', 'aggregation is a bool'),
+    ('precision=bf16', 'precision is one of auto, float32, bfloat16, float16'),
+    ('device=gpu', 'device gpu cannot be used'),
+    ('device=cuda:9', 'device cuda:9 cannot be used'),
     ('aggregation=1', 'aggregation is a bool'),
     ('mean=0.5', 'mean is a list'),
     ('mean=[0.5, 0.5]', 'mean is three numbers'),
@@ -318,7 +321,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_the_last_good_epoch_is_ke
         tmp_path, refusal, monkeypatch):
     calls = loss_that_breaks(monkeypatch, step=10)  # 4 steps an epoch: the second one of the third
     err = refusal('--method', 'ivpt', epochs=5)
-    assert 'the loss is nan in epoch 3, step 2' in err and len(calls) == 10
+    assert 'the loss is nan in epoch 3, step 2' in err and len(calls) <= 12  # that epoch's end at the latest
     assert f'Epoch 2 is kept in {folder_of(tmp_path)}' in err
     kept = train.read_checkpoint(folder_of(tmp_path) / 'checkpoint-0.pth', tiny(method='ivpt'))
     assert len(kept['records']) == 2 and all(x.isfinite().all() for x in kept['trained'].values())
@@ -347,10 +350,10 @@ def test_a_loss_that_is_not_a_number_from_the_start_leaves_nothing_to_keep(refus
 def test_ctrl_c_says_how_far_it_got(epoch, said, tmp_path, capfd, monkeypatch):
     batches = data.batches
 
-    def interrupted(pictures, config, device, now=None):
+    def interrupted(pictures, config, device, now=None, *part):
         if now == epoch:
             raise KeyboardInterrupt
-        yield from batches(pictures, config, device, now)
+        yield from batches(pictures, config, device, now, *part)
     monkeypatch.setattr(data, 'batches', interrupted)
     assert run(tmp_path / 'runs', '--method', 'ivpt', epochs=4) == 130
     err = capfd.readouterr().err

@@ -26,8 +26,7 @@ HERE = train.HERE
 fewer = settings(max_examples=settings.default.max_examples // 3)  # where a test is several, or slow
 CPU = torch.device('cpu')
 ignore_warnings = pytest.mark.filterwarnings('ignore')
-REAL = {'run': train.run, 'read_yaml': train.read_yaml}
-WHOLE = (HERE / 'configs.yaml').read_text()
+REAL_RUN = train.run
 
 words = st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs'])) | st.text('\udc80\udcff\n\'"é\x1b{}[]:,&*', max_size=9)
 numbers = st.integers(-3, 99) | st.integers() | st.floats() | st.integers(300, 5000).map(lambda n: 10 ** n)
@@ -77,9 +76,6 @@ def nothing_is_trained(here, monkeypatch):
         return Path(weights)
     monkeypatch.setattr(train, 'run', run)
     monkeypatch.setattr(vit, 'fetch', no_network)
-    def read_yaml(text, where):  # the file as it comes is read once: it takes longer than all the rest
-        return json.loads(json.dumps(CONFIGS)) if text == WHOLE else REAL['read_yaml'](text, where)
-    monkeypatch.setattr(train, 'read_yaml', read_yaml)
     monkeypatch.setattr(train, 'HERE', here)
     monkeypatch.chdir(here)
     before = files(here), files(HERE)
@@ -228,7 +224,7 @@ def finished(tmp_path_factory):
     config = tiny(runs=str(tmp_path_factory.mktemp('finished')), epochs=1, img_size=24)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, 'HERE', HERE)
-        REAL['run'](config)
+        REAL_RUN(config)
     return config
 
 
