@@ -737,13 +737,13 @@ def markdown(*cells):
     return '| ' + ' | '.join(str(x) for cell in cells for x in ([cell] if isinstance(cell, str) else cell)) + ' |'
 
 
-def with_noise(runs, rates, device, changes):
+def with_noise(runs, rates, device, changes, code):
     """Test finished runs on images that are mixed with noise (Figures 4 and 6), add the accuracies to their results,
     and print them, method by method. What is wrong with one run is said, and the next has its turn. Returns the status."""
     found, said = {}, set()
     for folder in runs:
         try:
-            config, classes, model = open_run(folder, device, changes)
+            config, classes, model = open_run(folder, device, changes, code)
             task, result = task_of(config, folder), read_result(folder)
             scores = {f'{rate:g}': accuracy(model, task.test, config, device, rate) for rate in rates}
             write_result(folder, result | {'noise': result.get('noise', {}) | scores})
@@ -762,14 +762,16 @@ def with_noise(runs, rates, device, changes):
 # ---- Looking at a run (Figure 7) -----------------------------------------------------------------------
 
 
-def show(folders, files, path, device, changes):
+def show(folders, files, path, device, changes, code):
     """Draw where the class token looks in each layer, a row an image and run, and write it to path as PNG.
 
     folders: of finished runs. files: images of the user's, whose likely classes are printed; without any,
     four test images of the task. changes: where data and weights are by now, if elsewhere."""
     rows = []
     for folder in folders:
-        config, classes, model = open_run(folder, device, changes)
+        config, classes, model = open_run(folder, device, changes, code)
+        if not hasattr(getattr(model, 'vit', model), 'blocks'):
+            raise InputError(f'{folder}: {config.method} has no `vit` whose layers could be looked at')
         pictures = [(data.read_image(file, data.resized(config)), -1) for file in files]
         if not files:
             test = task_of(config, folder).test
@@ -793,9 +795,9 @@ def show(folders, files, path, device, changes):
     say(f"the class token's attention in each layer, and outlined what AR reinforces after it: {path}")
 
 
-def open_run(folder, device, changes=None):
+def open_run(folder, device, changes=None, code=()):
     """The settings, the names of the classes and the model of a finished run. changes: where its data and weights are
-    by now, if elsewhere. Raises InputError if they are not what it was trained with."""
+    by now, if elsewhere. code: the methods in files that may be run. Raises InputError if it was trained with others."""
     result = read_result(folder)
     if not result:
         raise InputError(f'{folder}: no finished run; train it first')
@@ -803,6 +805,8 @@ def open_run(folder, device, changes=None):
     if 'backbone' not in stored:
         raise InputError(f'{folder}: an older version made it, without digests of pictures and backbone; train it again')
     config = SimpleNamespace(**stored | {name: (changes or {}).get(name, stored[name]) for name in ('data', 'weights')})
+    if '.py:' in config.tune and config.tune not in code:
+        raise InputError(f'{folder}: it was made by {config.tune}, which is code: name it with --method, or in configs.yaml')
     if config.tune == 'all':  # params.pth is the whole model
         config.weights = 'random'
     model = make_model(config, len(result['classes'])).to(device).eval()
@@ -1079,11 +1083,12 @@ def command(args, changes, configs):
             for config in settings(configs, task, args.method, model, changes | {'seed': seed})]
     folders = [Path(args.run)] if args.run else [folder_of(config) for config in runs]
     device = find_device(changes.get('device', 'auto'))
+    code = {method['tune'] for method in configs['methods'].values() if 'tune' in method} | {*methods}
     if args.noise is not None:
-        return with_noise(folders, proportions(args.noise), device, changes)
+        return with_noise(folders, proportions(args.noise), device, changes, code)
     if args.show or args.image:
         path = Path(os.path.commonpath(folders)) / 'attention.png'
-        show(folders, args.image, path, device, changes)
+        show(folders, args.image, path, device, changes, code)
         return 0
     results, status = run_all(runs, args.again, args.search)
     for result in results if len(results) > 1 else []:

@@ -238,16 +238,21 @@ def test_what_the_runs_of_a_column_differ_in_is_said_below_the_table(results, tm
     assert 'x: train labels is ' in reported(capsys, tmp_path)[1]
 
 
-def test_each_backbone_has_a_table_and_the_papers_numbers_stand_beside_theirs_alone(results, tmp_path, capsys):
-    """Not beside another model, image size, file or random weights."""
-    others = dict(model='vit_large_patch16_224.x'), dict(model='vit_base_patch16_224.m ', img_size=98)
-    for i, config in enumerate((*others, dict(weights='mae.pth'), dict(weights='random'))):
-        results('x', 'vpt', i, 0.5, **config)
-    rows, out = reported(capsys, tmp_path)
-    assert 'the paper' not in out and out.count('| method |') == 4 and 'vit_base_patch16_224.m, random weights:' in out
-    results('x', 'ivpt', 0, 0.5)
-    rows, out = reported(capsys, tmp_path)
-    assert out.count('the paper') == 1 and ['the paper', '', '60.0'] in rows
+@pytest.mark.parametrize('config, beside', [({}, True), (dict(model='vit_large_patch16_224.x'), False), (dict(img_size=98), False),
+                                            (dict(weights='mae.pth'), False), (dict(weights='random'), False)])
+def test_the_papers_numbers_stand_beside_runs_of_just_their_backbone_and_image_size(config, beside, results, tmp_path, capsys):
+    results('x', 'vpt', 0, 0.5, **config)
+    assert ('the paper' in reported(capsys, tmp_path)[1]) == beside
+
+
+def test_each_backbone_has_a_table(results, tmp_path, capsys):
+    results('x', 'vpt', 0, 0.5)
+    results('x', 'vpt', 1, 0.5, model='vit_large_patch16_224.x')
+    results('x', 'vpt', 2, 0.5, weights='random')
+    _, out = reported(capsys, tmp_path)
+    assert out.count('| method |') == 3 and 'vit_base_patch16_224.m, random weights:\n' in out
+    results('x', 'vpt', 3, 0.5, weights='mae.pth')  # in the row of seed 0, which is then no row of the paper's
+    assert 'the paper' not in reported(capsys, tmp_path)[1]
 
 
 def test_a_result_counts_as_what_it_says_of_itself_and_twice_the_same_is_refused(results, tmp_path, capsys):
