@@ -292,7 +292,7 @@ MUTANTS = [
     ('a loss that is not a number goes on', 'train.py', 'if not math.isfinite(loss)', 'if False', LOOP),
     ('the seed is ignored', 'train.py', 'torch.manual_seed(config.seed)', 'torch.manual_seed(0)', LOOP),
     ('linear probing trains the whole backbone', 'train.py', 'model.requires_grad_(False).head', 'model.head', LOOP),
-    ('the backbone is saved with the prompts', 'train.py', 'model.named_parameters() if p.requires_grad}', 'model.named_parameters()}', LOOP),
+    ('the backbone is saved with the prompts', 'train.py', 'for name, x in model.state_dict().items() if name not in frozen}', 'for name, x in model.state_dict().items()}', LOOP),
     ('val images are trained on when val is scored', 'train.py', '(task.train, task.val)', '(task.train + task.val, task.val)', LOOP),
     ('val images are left out of the final run', 'train.py', '(task.train + task.val, task.test)', '(task.train, task.test)', LOOP),
     ('test images are trained on', 'train.py', '(task.train + task.val, task.test)', '(task.train + task.val + task.test, task.test)', LOOP),
@@ -479,7 +479,7 @@ MUTANTS = [
     ('every process trains on the whole batch', 'train.py', 'slice(rank, None, world))', 'slice(None))', PROCESSES),
     ('a part counts as a whole batch', 'train.py', '* (share * world)', '* 1', PROCESSES),
     ('after a restart the counter goes on', 'train.py', "os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')", "'0'", PROCESSES),
-    ('each process does all runs', 'train.py', "store.add('turn', 1) - 1 for _ in count()", "i for i in count()", PROCESSES),
+    ('each process does all runs', 'train.py', "store.add('turn', 1) - 1 for _ in itertools.count()", "i for i in itertools.count()", PROCESSES),
 ]
 
 
