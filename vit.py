@@ -1,4 +1,4 @@
-"""A vision transformer (Dosovitskiy et al., 2021) from scratch, in timm's parameter names.
+"""A vision transformer (Dosovitskiy et al., 2021) and a Swin (Liu et al., 2021), in timm's parameter names.
 
 Letters mean the same in every file of this project:
 
@@ -36,8 +36,8 @@ SIZES = {
     'large': (1024, 24, 16),
     'huge': (1280, 32, 16),
 }
-# D of the first stage, L of each, N_h of the first: Liu et al. (2021), section 3.3.
-SWIN_SIZES = {'tiny': (96, (2, 2, 6, 2), 3), 'small': (96, (2, 2, 18, 2), 3),
+# D of the first stage, L of each, N_h of the first: Liu et al. (2021), section 3.3. Nano is ours again.
+SWIN_SIZES = {'nano': (32, (2, 2, 2), 1), 'tiny': (96, (2, 2, 6, 2), 3), 'small': (96, (2, 2, 18, 2), 3),
               'base': (128, (2, 2, 18, 2), 4), 'large': (192, (2, 2, 18, 2), 6)}
 
 log = logging.getLogger('ivpt')
