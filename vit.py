@@ -359,12 +359,12 @@ def load_weights(model, weights):
             state['pos_embed'] = resample_pos_embed(state['pos_embed'], model.M)
     except (IndexError, RuntimeError, ValueError) as error:  # a matrix that is a vector, layers of two widths
         raise InputError(f'{weights} does not fit this ViT: {reason(error)}') from None
-    head = {name for name in HEAD if name in state}
+    head = {name for name in state if re.fullmatch(r'head\.(fc\.)?(weight|bias)', name)}  # fc: a Swin's
     if any(name not in own or own[name].shape != state[name].shape for name in head):
         log.warning(f'{weights}: its head for {(*state[min(head)].shape, 1)[0]} classes is left out')
         for name in head:
             del state[name]
-    state |= {name: own[name] for name in HEAD if name in own and name not in state}
+    state |= {name: x for name, x in own.items() if name.startswith('head.') and name not in state}
     if wrong := misfits(state, own):
         raise InputError(f'{weights} does not fit this {type(model).__name__} ({model.L} layers, D={model.D}, patch '
                          f'{model.patch_size}). {wrong}. Name its model with --model')
@@ -372,8 +372,6 @@ def load_weights(model, weights):
         raise InputError(f'{weights} is damaged: NaN or infinite values in {shorten(broken)}')
     model.load_state_dict(state)
 
-
-HEAD = 'head.weight', 'head.bias', 'head.fc.weight', 'head.fc.bias'  # the last two are a Swin's
 
 NOT_PLAIN = {  # in a parameter's name, the sign of what a plain ViT cannot represent
     'reg(ister)?_token': 'register tokens', 'dist': 'distillation token', '[qk]_norm': 'q/k norms',

@@ -254,6 +254,7 @@ MUTANTS = [
     ('Swin: the first window alone has prompts', 'vit.py', 'p.repeat(n_W, 1, 1)', 'torch.cat([p, 0 * p.repeat(n_W - 1, 1, 1)])', SWIN),
     ('Swin: heads of prompts go to the wrong windows', 'vit.py', 'p.repeat(n_W, 1, 1)', 'p.repeat_interleave(n_W, 0)', SWIN),
     ('Swin: attention that a token pays, not that it receives', 'vit.py', 'w = A.mean(dim=2)', 'w = A.mean(dim=3)', SWIN),
+    ('Swin: the softmax of attention received is without prompts', 'vit.py', '** 0.5 + bias).softmax(-1)', '** 0.5 + bias)[..., :T].softmax(-1)', SWIN),
     ('Swin: attention received of one head', 'vit.py', '.mean(dim=2)[..., :T]', '[:, :, 0, :T]', SWIN),
     ('Swin: attention received from the first query', 'vit.py', 'w = A.mean(dim=2)', 'w = A[:, :, 0]', SWIN),
     ('Swin: attention received without bias and mask', 'vit.py', '/ q.shape[-1] ** 0.5 + bias)', '/ q.shape[-1] ** 0.5 + 0 * bias)', SWIN),
@@ -272,7 +273,7 @@ MUTANTS = [
     ("Swin: merging at a stage's end is not moved", 'vit.py', 'int(stage[1]) + 1', 'int(stage[1])', SWIN),
     ('Swin: buffers of a file are not dropped', 'vit.py', "if not name.endswith(('.relative_position_index', '.attn_mask'))", 'if True', SWIN),
     ("Swin: the authors' head is not fc", 'vit.py', "'head.fc.', name)", "'head.', name)", SWIN),
-    ("Swin: a file's head is not left out", 'vit.py', ", 'head.fc.weight', 'head.fc.bias'", '', SWIN),
+    ("Swin: a file's head is not left out", 'vit.py', r'head\.(fc\.)?(weight|bias)', r'head\.(weight|bias)', SWIN),
     ('Swin: an image may be cut off', 'vit.py', 'img_size < 1 or img_size % unit', 'img_size < 1', SWIN),
 ]
 

@@ -382,16 +382,35 @@ def test_attention_received_is_to_the_mean_of_tokens_what_the_class_tokens_row_i
     close(attended.mean(dim=1), (w.unsqueeze(1) @ v).squeeze(1))
 
 
-@given(cases(), st.sampled_from([(4, 2, 1), (8, 4, 2), (6, 3, 1)]))
+def regions(H, w, s):
+    """Which tokens see each other in windows that are shifted by s: masks [M]."""
+    at = torch.tensor([(i // H + w - s) // w * H + (i % H + w - s) // w for i in range(H * H)])
+    return [at == region for region in at.unique()]
+
+
+shifted = st.sampled_from([(4, 2, 1), (8, 4, 2), (6, 3, 1)])  # H, w, s
+
+
+@given(cases(), shifted)
 def test_regions_of_a_shifted_window_receive_in_proportion_to_their_tokens(case, shape):
-    """Eq. 14. Masking favours no token: what a region of n tokens spends, it receives, n/w² in all."""
-    H, w, s = shape
-    attn = randomised(vit.WindowAttention(case.D, case.N_h, H, w, s), case)
-    _, received = attn(case.normal('tokens', case.B, H * H, case.D))
-    at = [(i // H + w - s) // w * H + (i % H + w - s) // w for i in range(H * H)]
-    for region in set(at):
-        inside = torch.tensor([x == region for x in at])
-        close(received[:, inside].sum(dim=1), inside.sum().double().expand(case.B) / w ** 2)
+    """Eq. 14. Masking alone favours no token: what a region of n tokens spends, it receives, n/w² in all."""
+    attn = randomised(vit.WindowAttention(case.D, case.N_h, *shape), case)
+    _, received = attn(case.normal('tokens', case.B, shape[0] ** 2, case.D))
+    for inside in regions(*shape):
+        close(received[:, inside].sum(dim=1), inside.sum().double().expand(case.B) / shape[1] ** 2)
+
+
+@given(cases(), shifted)
+def test_prompts_take_more_from_small_regions(case, shape):
+    """Eq. 14, prompts in the softmax: where all keys weigh the same, n tokens share their attention with N prompts, and
+    each receives n / (n + N) of 1/w². AR chooses the edges of the image less often after a shifted layer."""
+    attn = randomised(vit.WindowAttention(case.D, case.N_h, *shape), case)
+    for p in attn.parameters():
+        p.data.zero_()
+    _, received = attn(case.normal('tokens', case.B, shape[0] ** 2, case.D), case.normal('P', case.N, case.D))
+    for inside in regions(*shape):
+        n = inside.sum().item()
+        assert torch.allclose(received[:, inside] * shape[1] ** 2, torch.tensor(n / (n + case.N)).double(), atol=1e-6)
 
 
 @given(cases(), sizes)
