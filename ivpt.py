@@ -7,6 +7,8 @@ tensors to tensors, then the model that owns the parameters and calls them. The 
 explained on top of vit.py. "Eq. 5" always means the paper's.
 """
 
+from itertools import islice
+
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -14,7 +16,7 @@ from torch import nn
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from vit import InputError, attend, init_linear
+from vit import InputError, Swin, attend, init_linear
 
 # ---- 3.3 Cross-layer dynamic connection -----------------------------------------------------------------
 
@@ -194,18 +196,20 @@ class IVPT(nn.Module):
             raise InputError(f'AR can reinforce 0 to M={vit.M} of the image tokens, not k={k}')
         self.vit = vit.requires_grad_(False)
         self.M, self.k, self.structure, self.reinforcement = vit.M, k, structure, reinforcement
-        L, D = vit.L, vit.D
-
-        bound = (6 / (3 * vit.patch_size ** 2 + D)) ** 0.5
-        first = structure in ('vpt_shallow', 'express')  # the first layer's prompts are the only ones
-        self.P = nn.Parameter(torch.empty(1 if first else L, N, D).uniform_(-bound, bound))
-        self.express = nn.ModuleList(Express(N, D) for _ in range(L)) if structure == 'express' else None
-        self.gamma = nn.Parameter(torch.eye(N).repeat(L - 1, 1, 1)) if aggregation else None
-        k = vit.M if reinforcement == 'all' else k
-        self.P_re = nn.Parameter(torch.zeros(L - 1, k, D)) if reinforcement != 'none' else None
-        self.head = nn.Linear(D, num_classes)
+        self.make_prompts(N, vit.M if reinforcement == 'all' else k, aggregation)
+        self.head = nn.Linear(vit.D, num_classes)
         init_linear(self.head)
         self.train()
+
+    def make_prompts(self, N, k, aggregation):
+        """P, and what else the structure and AR, at k tokens, need."""
+        L, D = self.vit.L, self.vit.D
+        bound = (6 / (3 * self.vit.patch_size ** 2 + D)) ** 0.5
+        first = self.structure in ('vpt_shallow', 'express')  # the first layer's prompts are the only ones
+        self.P = nn.Parameter(torch.empty(1 if first else L, N, D).uniform_(-bound, bound))
+        self.express = nn.ModuleList(Express(N, D) for _ in range(L)) if self.structure == 'express' else None
+        self.gamma = nn.Parameter(torch.eye(N).repeat(L - 1, 1, 1)) if aggregation else None
+        self.P_re = nn.Parameter(torch.zeros(L - 1, k, D)) if self.reinforcement != 'none' else None
 
     def train(self, mode=True):
         """As in torch, but the backbone stays in eval mode: it is not being trained."""
@@ -216,11 +220,19 @@ class IVPT(nn.Module):
     def prompts(self):
         """P̂ [L, N, D], the prompts that enter the layers, unless they are inherited. No image has a part in
         them."""
+        return self.connect(self.P, self.gamma)
+
+    def connect(self, P, gamma=None):
+        """The structure's P̂ [L, N, D] of prompts P [L, N, D] and, with DA, gamma [L-1, N, N]."""
         if self.structure == 'vpt':
-            return self.P
+            return P
         if self.structure == 'vanilla_cdc':
-            return vanilla_cdc(self.P)
-        return cdc(self.P) if self.gamma is None else cdc_da(self.P, self.gamma)
+            return vanilla_cdc(P)
+        return cdc(P) if gamma is None else cdc_da(P, gamma)
+
+    def choose(self, w):
+        """Ω of Eq. 14, or all places for Table 4's All: w [..., M] -> [..., k]."""
+        return top_k(w, min(self.k, w.shape[-1])) if self.reinforcement == 'topk' else all_tokens(w)
 
     def forward(self, images):
         """Logits [B, C] of images [B, 3, H, W].
@@ -236,8 +248,7 @@ class IVPT(nn.Module):
         for l, layer in enumerate(self.vit.blocks[:-1]):
             tokens, w = layer(tokens, P_hat[l], need_weights=self.P_re is not None)  # Eq. 3, w [B, 1 + M + N]
             if self.P_re is not None:
-                w_Z = w[:, 1:1 + self.M]  # among the image tokens
-                Omega = top_k(w_Z, self.k) if self.reinforcement == 'topk' else all_tokens(w_Z)  # Eq. 14
+                Omega = self.choose(w[:, 1:1 + self.M])  # among the image tokens
                 tokens = reinforce_(tokens, 1 + Omega, self.P_re[l])  # Eq. 15, z_cls stands at 0
         return self.head(self.vit.read(self.vit.last(tokens, P_hat[-1])))  # Eq. 3
 
@@ -258,21 +269,71 @@ class IVPT(nn.Module):
         return tokens
 
 
+class IVPTSwin(IVPT):
+    """iVPT on a frozen Swin: images [B, 3, H, W] -> logits [B, C]. The paper has it in Table 5, and no word on how.
+
+    As `IVPT`, but P, gamma and P_re are lists, one tensor for each stage with its L layers, D wide, of M image tokens:
+
+        P      [L, N, D]     prompts P^l, connected within the stage
+        gamma  [L-1, N, N]   γ^l; only with aggregation
+        P_re   [L, k, D]     reinforcing prompts, [L-1, k, D] in the last stage; k = M where a stage has fewer than k
+
+    Where the paper is silent, this is what was chosen:
+    - Prompts are keys and values in every window, without bias and mask, as in VPT's code for Swin. There the last
+      layer's prompts ask too, and what comes out is averaged with the image tokens; here Eq. 3's "..." drops it.
+    - P starts with one bound in all stages, that of the first one's D, as in VPT's code.
+    - CDC starts anew in each stage, with Eq. 4's l = 0: prompts of different widths cannot be added.
+    - w̃ in Eq. 14 is the attention that a token receives in its window (vit.WindowAttention). AR acts before merging.
+
+    Raises InputError as `IVPT` does, and for inherited prompts: every window would make others of them.
+    """
+
+    def make_prompts(self, N, k, aggregation):
+        """P, gamma and P_re, for AR at k tokens."""
+        if self.structure in INHERITED:
+            raise InputError(f'{self.structure!r} inherits prompts, which a Swin would have to take from each of its '
+                             f'windows: take {", ".join(name for name in STRUCTURES if name not in INHERITED)}')
+        sizes = self.vit.sizes  # L, M and D of each stage
+        bound = (6 / (3 * self.vit.patch_size ** 2 + sizes[0][2])) ** 0.5
+        self.P = nn.ParameterList(torch.empty(L, N, D).uniform_(-bound, bound) for L, _, D in sizes)
+        self.gamma = nn.ParameterList(torch.eye(N).repeat(L - 1, 1, 1) for L, *_ in sizes) if aggregation else None
+        self.P_re = nn.ParameterList(torch.zeros(L - (i + 1 == len(sizes)), min(k, M), D)
+                                     for i, (L, M, D) in enumerate(sizes)) if self.reinforcement != 'none' else None
+
+    def prompts(self):
+        """P̂ [L, N, D] of each stage."""
+        return [self.connect(P, gamma) for P, gamma in zip(self.P, self.gamma or [None] * len(self.P))]
+
+    def forward(self, images):
+        """Logits [B, C] of images [B, 3, H, W]."""
+        tokens = self.vit.patch_embed(images)  # [B, M, D]
+        for i, (stage, P_hat) in enumerate(zip(self.vit.layers, self.prompts())):
+            tokens = stage.downsample(tokens)
+            P_re = [] if self.P_re is None else self.P_re[i]
+            for l, layer in enumerate(stage.blocks):
+                tokens, w = layer(tokens, P_hat[l], need_weights=l < len(P_re))  # Eq. 3, w [B, M]
+                if l < len(P_re):
+                    tokens = reinforce_(tokens, self.choose(w), P_re[l].to(tokens.dtype))  # Eq. 14 and 15
+        return self.head(self.vit.norm(tokens).mean(dim=1))
+
+
 @torch.no_grad()
 def look(model, images):
     """What an IVPT, or a plain ViT, does with images [B, 3, H, W]. Made by hooks: `forward` is as it is.
 
     A dict: `logits` [B, C]; `w` [B, L, M], the class token's attention over the image tokens in each layer
     (w̃ of Eq. 14); `Omega` [B, L-1, k], the image tokens that top-k chose, or None; `P_hat`, the prompts that
-    enter the layers, [L, N, D], or [B, L, N, D] if they are inherited, or None without prompts."""
+    enter the layers, [L, N, D], or [B, L, N, D] if they are inherited, or None without prompts.
+    Of a Swin, with or without prompts, `w`, `Omega` and `P_hat` are lists with such a tensor for each stage."""
     vit, P, rows, P_hat = getattr(model, 'vit', model), getattr(model, 'P', None), [], []
+    swin = isinstance(vit, Swin)
 
     def ask(layer, inputs, options):
         return inputs, {'need_weights': True}
 
     def hook(layer, inputs, outputs):
-        rows.append(outputs[1])
-        P_hat.append(None if P is None else inputs[-1][..., -P.shape[1]:, :])  # [N, D] or [B, N, D]
+        rows.append(outputs[1] if swin else outputs[1][:, 1:1 + vit.M])
+        P_hat.append(None if P is None else inputs[-1][..., -P[0].shape[-2]:, :])  # [N, D] or [B, N, D]
 
     layers = getattr(model, 'express', None) or vit.blocks
     hooks = [layer.register_forward_pre_hook(ask, with_kwargs=True) for layer in layers]
@@ -282,10 +343,14 @@ def look(model, images):
     finally:
         for handle in hooks:
             handle.remove()
-    w = torch.stack([row[:, 1:1 + vit.M] for row in rows], dim=1)
-    return {'logits': logits, 'w': w,
-            'Omega': top_k(w[:, :-1], model.k) if getattr(model, 'reinforcement', '') == 'topk' else None,
-            'P_hat': torch.stack(P_hat, dim=-3) if P is not None else None}
+    rows, P_hat = iter(rows), iter(P_hat)
+    L = [n for n, _, _ in vit.sizes] if swin else [vit.L]
+    w = [torch.stack([*islice(rows, n)], dim=1) for n in L]
+    topk = getattr(model, 'reinforcement', '') == 'topk'
+    Omega = [model.choose(x) for x in (*w[:-1], w[-1][:, :-1])] if topk else None
+    P_hat = [torch.stack([*islice(P_hat, n)], dim=-3) for n in L] if P is not None else None
+    return {'logits': logits} | {name: x if swin or x is None else x[0]
+                                 for name, x in (('w', w), ('Omega', Omega), ('P_hat', P_hat))}
 
 
 # ---- Figure 7: where the class token looks ----------------------------------------------------------------
@@ -297,10 +362,12 @@ def tiles(image, seen, mean, std):
     """An image [1, 3, H, W] as the model gets it and a map for each layer, side by side: uint8 [3, TILE, W]."""
     mean, std = (torch.tensor(x, device=image.device).view(3, 1, 1) for x in (mean, std))
     picture = ((image[0] * std + mean) * 255).round().clip(0, 255).to('cpu', torch.uint8)
-    row = [resize(picture, [TILE, TILE])]
-    for l, w in enumerate(seen['w'][0].float().cpu()):
-        reinforced = [] if seen['Omega'] is None or l == len(seen['Omega'][0]) else seen['Omega'][0, l].tolist()
-        row.append(heat_map(row[0], w, reinforced))
+    row, w, Omega = [resize(picture, [TILE, TILE])], seen['w'], seen['Omega']
+    stages = w if isinstance(w, list) else [w]  # of a Swin there are several
+    for w, Omega in zip(stages, Omega if isinstance(Omega, list) else [Omega] * len(stages)):
+        for l, w_l in enumerate(w[0].float().cpu()):
+            reinforced = [] if Omega is None or l == Omega.shape[1] else Omega[0, l].tolist()
+            row.append(heat_map(row[0], w_l, reinforced))
     return make_grid(torch.stack(row), nrow=len(row), padding=2, pad_value=255)
 
 

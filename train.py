@@ -121,7 +121,7 @@ def make_optimizer(model, config):
 def decays(name, config):
     """Whether weight decay pulls a parameter to 0. As in VPT's code it leaves the head's bias alone, and with AdamW
     every bias. γ is left alone too: it starts as the identity, and decay would take CDC's connection away."""
-    return not (name in ('head.bias', 'gamma') or config.optimizer == 'AdamW' and name.endswith('bias'))
+    return not (name in ('head.bias', 'head.fc.bias') or name.startswith('gamma') or config.optimizer == 'AdamW' and name.endswith('bias'))
 
 
 def autocast(device, config):
@@ -179,11 +179,11 @@ def make_model(config, classes):
     found = hashlib.sha256()
     for name, x in model.state_dict().items():
         if not name.startswith('head.'):
-            found.update(name.encode() + x.numpy().tobytes())
+            found.update(name.encode() + (b'' if x.is_meta else x.numpy().tobytes()))
     config.backbone = found.hexdigest()[:12]
     if config.tune == 'prompts':
-        return ivpt.IVPT(model, classes, config.N, config.k, config.structure, config.aggregation,
-                         config.reinforcement)
+        tuned = ivpt.IVPTSwin if isinstance(model, vit.Swin) else ivpt.IVPT
+        return tuned(model, classes, config.N, config.k, config.structure, config.aggregation, config.reinforcement)
     if not whole:
         return from_file(config.tune, model.requires_grad_(False), classes, config)
     if config.tune == 'head':
@@ -237,7 +237,7 @@ def number_format(config, device):
         return 'float16', 'this GPU has it and no bfloat16'
     has = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
     if has.get('avx512_bf16') or has.get('amx_bf16'):
-        D = vit.SIZES[vit.parse_name(config.model)[0]][0]
+        D = (vit.SWIN_SIZES if config.model.startswith('swin') else vit.SIZES)[vit.parse_name(config.model)[0]][0]
         wide = D >= WIDE_ENOUGH
         return ('bfloat16' if wide else 'float32'), f'this CPU has bfloat16, which pays from D = {WIDE_ENOUGH} on; here D = {D}'
     return 'float32', 'this device has no other fast format'
@@ -789,7 +789,7 @@ def show(folders, files, path, device, changes, code):
     if len({row.shape for *_, row in rows}) > 1:
         raise InputError('runs of models with different numbers of layers do not fit one picture: --show them apart')
     rows.sort(key=lambda row: row[0])  # the runs of an image stand together
-    head = ivpt.caption(['image'] + [f'layer {l}' for l in range(len(seen['w'][0]))], row)
+    head = ivpt.caption(['image'] + [f'layer {l}' for l in range(row.shape[2] // (ivpt.TILE + 2) - 1)], row)
     strips = [head] + [strip for _, *row in rows for strip in row]
     to_pil_image(torch.cat(strips, dim=1)).save(path)
     say(f"the class token's attention in each layer, and outlined what AR reinforces after it: {path}")

@@ -1,4 +1,4 @@
-"""A vision transformer (Dosovitskiy et al., 2021) from scratch, in timm's parameter names.
+"""A vision transformer (Dosovitskiy et al., 2021) and a Swin (Liu et al., 2021), in timm's parameter names.
 
 Letters mean the same in every file of this project:
 
@@ -36,6 +36,9 @@ SIZES = {
     'large': (1024, 24, 16),
     'huge': (1280, 32, 16),
 }
+# D of the first stage, L of each, N_h of the first: Liu et al. (2021), section 3.3. Nano is ours again.
+SWIN_SIZES = {'nano': (32, (2, 2, 2), 1), 'tiny': (96, (2, 2, 6, 2), 3), 'small': (96, (2, 2, 18, 2), 3),
+              'base': (128, (2, 2, 18, 2), 4), 'large': (192, (2, 2, 18, 2), 6)}
 
 log = logging.getLogger('ivpt')
 
@@ -135,13 +138,13 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer, 𝒯^l of Eq. 1."""
+    """One transformer layer, 𝒯^l of Eq. 1. attn: what attends, if it is not an `Attention` with N_h heads."""
 
-    def __init__(self, D, N_h):
+    def __init__(self, D, N_h, attn=None, eps=1e-6):
         super().__init__()
-        self.norm1 = nn.LayerNorm(D, eps=1e-6)
-        self.attn = Attention(D, N_h)
-        self.norm2 = nn.LayerNorm(D, eps=1e-6)
+        self.norm1 = nn.LayerNorm(D, eps=eps)
+        self.attn = attn or Attention(D, N_h)
+        self.norm2 = nn.LayerNorm(D, eps=eps)
         self.mlp = Mlp(D)
 
     def forward(self, tokens, *context, need_weights=True):
@@ -159,12 +162,18 @@ class Layer(nn.Module):
 class PatchEmbed(nn.Module):
     """Cut images [B, 3, H, W] into patches and project each to an image token: [B, M, D]."""
 
-    def __init__(self, patch_size, D):
+    def __init__(self, img_size, patch_size, D, norm=nn.Identity):
         super().__init__()
+        self.img_size = img_size
         self.proj = nn.Conv2d(3, D, kernel_size=patch_size, stride=patch_size)
+        self.norm = norm(D)
 
     def forward(self, images):
-        return self.proj(images).flatten(2).transpose(1, 2)
+        """Raises InputError if the images are not of the size that the model was built for."""
+        if images.shape[1:] != (3, self.img_size, self.img_size):
+            raise InputError(f'images of shape {tuple(images.shape)} came to a model for '
+                             f'[B, 3, {self.img_size}, {self.img_size}]: give vit.build that img_size')
+        return self.norm(self.proj(images).flatten(2).transpose(1, 2))
 
 
 class ViT(nn.Module):
@@ -184,7 +193,7 @@ class ViT(nn.Module):
             raise InputError(f'a ViT has L >= 1, classes >= 0, readout cls or mean, not {L}, {num_classes}, {readout}')
         M = (img_size // patch_size) ** 2
         self.img_size, self.patch_size, self.D, self.L, self.M, self.readout = img_size, patch_size, D, L, M, readout
-        self.patch_embed = PatchEmbed(patch_size, D)
+        self.patch_embed = PatchEmbed(img_size, patch_size, D)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + M, D))
         self.blocks = nn.ModuleList(Layer(D, N_h) for _ in range(L))
@@ -194,12 +203,7 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def embed(self, images):
-        """[z_cls^0, Z^0] of section 3.1: images [B, 3, H, W] -> tokens [B, 1 + M, D].
-
-        Raises InputError if the images are not of the size that the model was built for."""
-        if images.shape[1:] != (3, self.img_size, self.img_size):
-            raise InputError(f'images of shape {tuple(images.shape)} came to a ViT for '
-                             f'[B, 3, {self.img_size}, {self.img_size}]: give vit.build that img_size')
+        """[z_cls^0, Z^0] of section 3.1: images [B, 3, H, W] -> tokens [B, 1 + M, D]."""
         Z = self.patch_embed(images)  # [B, M, D]
         return torch.cat([self.cls_token.expand(len(Z), -1, -1), Z], dim=1) + self.pos_embed
 
@@ -226,26 +230,136 @@ def init_linear(module):
     """Initial values of a linear layer, as timm's: normal with standard deviation 0.02, bias 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ---- Swin (Liu et al., 2021) ----------------------------------------------------------------------------
+
+
+class WindowAttention(Attention):
+    """Attention in windows of w x w of the H x H tokens, with a learned bias for each relative position.
+
+    The grid is rolled by s before it is cut into windows. Tokens of its opposite ends then share a window, where they
+    are masked from each other."""
+
+    def __init__(self, D, N_h, H, w, s):
+        super().__init__(D, N_h)
+        self.relative_position_bias_table = nn.Parameter(0.02 * torch.randn((2 * w - 1) ** 2, N_h))
+        at = torch.cartesian_prod(torch.arange(w), torch.arange(w))  # [w², 2], row and column
+        dy, dx = (at.unsqueeze(1) - at + w - 1).unbind(-1)  # of query i and key j, 0 to 2w - 2: [w², w²]
+        rolled = torch.arange(H * H).view(H, H).roll((-s, -s), (0, 1))
+        order = rolled.view(H // w, w, H // w, w).transpose(1, 2).reshape(-1, w * w)  # [n_W, w²], each window's tokens
+        end = 2 * (order // H < s) + (order % H < s)  # [n_W, w²], 0 or, of tokens from another end, 1 to 3
+        mask = -100.0 * (end.unsqueeze(2) != end.unsqueeze(1))  # [n_W, w², w²]
+        for name, x in ('index', dy * (2 * w - 1) + dx), ('order', order), ('mask', mask):
+            self.register_buffer(name, x, persistent=False)
+
+    def forward(self, tokens, *context, need_weights=True):
+        """As `Attention.forward`; every window attends to all of a context [n, D], with no bias and no mask.
+
+        No token is the class token: w [B, M] is the attention that a token receives, mean over the heads and over the
+        queries i of its window. A mean of tokens reads the values by it: mean_i Σ_j A_ij v_j = Σ_j w_j v_j."""
+        x = tokens.index_select(1, self.order.flatten()).unflatten(1, self.order.shape)  # [B, n_W, w², D]
+        B, n_W, T, D = x.shape
+        q, k, v = (y.flatten(1, 2) for y in self.split(self.qkv(x)))  # [B, n_W N_h, w², d]: all images share the bias
+        bias = self.relative_position_bias_table[self.index].permute(2, 0, 1) + self.mask.unsqueeze(1)
+        bias = bias.flatten(0, 1).unsqueeze(0).to(q.dtype)  # [1, n_W N_h, w², w²]
+        for c in context:
+            pair = self.split(F.linear(c, self.qkv.weight[D:], self.qkv.bias[D:]))  # 2 of [N_h, n, d], once a batch
+            k, v = (torch.cat([y, p.repeat(n_W, 1, 1).expand(B, -1, -1, -1)], dim=2) for y, p in zip((k, v), pair))
+            bias = F.pad(bias, (0, len(c)))  # [1, n_W N_h, w², w² + n]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, n_W N_h, w², d]
+        attended = attended.unflatten(1, (n_W, -1)).transpose(2, 3).reshape(tokens.shape)  # [B, M, D]
+        back, w = self.order.flatten().argsort(), None
+        if need_weights:
+            with torch.no_grad():  # beside the fused kernel, as `first_row`
+                A = (q @ k.mT / q.shape[-1] ** 0.5 + bias).softmax(-1)  # [B, n_W N_h, w², w² + n]
+                w = A.mean(dim=2).unflatten(1, (n_W, -1)).mean(dim=2)[..., :T].flatten(1)[:, back]
+        return self.proj(attended.index_select(1, back)), w
+
+
+class PatchMerging(nn.Module):
+    """Each 2 x 2 tokens become one of twice their width: [B, M, D] -> [B, M / 4, 2 D]."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * D)
+        self.reduction = nn.Linear(4 * D, 2 * D, bias=False)
+
+    def forward(self, tokens):
+        half = round(tokens.shape[1] ** 0.5) // 2
+        x = tokens.unflatten(1, (half, 2, half, 2)).permute(0, 1, 3, 4, 2, 5)  # the 2 x 2 column by column
+        return self.reduction(self.norm(x.flatten(3).flatten(1, 2)))
+
+
+class Swin(nn.Module):
+    """A Swin transformer: its tokens are merged from stage to stage, and it classifies by the mean of the last ones.
+
+    w: tokens on a side of a window. L: layers of each stage. D, N_h: the first stage's, then doubled.
+    Its attributes: L, all layers; D, the width of the features; M, the first stage's tokens; sizes, (L, M, D) of each
+    stage. The rest is as in `ViT`: timm's names, num_classes=0, InputError."""
+
+    def __init__(self, img_size, patch_size, w, D, L, N_h, num_classes=0):
+        super().__init__()
+        unit = patch_size * 2 ** (len(L) - 1) * w
+        if unit < 1 or img_size < 1 or img_size % unit:
+            raise InputError(f'patches of {patch_size} pixels in windows of {w} x {w}, merged {len(L) - 1} times, need '
+                             f'images of a multiple of {unit} pixels, not {img_size}')
+        self.patch_embed = PatchEmbed(img_size, patch_size, D, nn.LayerNorm)
+        self.layers, self.sizes, H = nn.ModuleList(), [], img_size // patch_size
+        self.img_size, self.patch_size, self.M, self.L = img_size, patch_size, H * H, sum(L)
+        for i, n in enumerate(L):
+            if i:
+                D, N_h, H = 2 * D, 2 * N_h, H // 2
+            shifts = [w // 2 if l % 2 and H > w else 0 for l in range(n)]
+            blocks = [Layer(D, N_h, WindowAttention(D, N_h, H, w, s), eps=1e-5) for s in shifts]
+            self.layers.append(nn.ModuleDict({'downsample': PatchMerging(D // 2) if i else nn.Identity(),
+                                              'blocks': nn.ModuleList(blocks)}))
+            self.sizes.append((n, H * H, D))
+        self.D, self.norm, self.head = D, nn.LayerNorm(D), nn.Sequential()
+        self.head.add_module('fc', nn.Linear(D, num_classes) if num_classes else nn.Identity())
+        self.blocks = [layer for stage in self.layers for layer in stage.blocks]  # a list: it gives no names
+        self.apply(init_linear)
+
+    def forward(self, images):
+        """Eq. 1, stage after stage: images [B, 3, H, W] -> logits [B, C]."""
+        tokens = self.patch_embed(images)
+        for stage in self.layers:
+            tokens = stage.downsample(tokens)
+            for layer in stage.blocks:
+                tokens, _ = layer(tokens, need_weights=False)
+        return self.head(self.norm(tokens).mean(dim=1))
+
+
+# ---- By name ----------------------------------------------------------------------------------------------
 
 
 def parse_name(name):
-    """(size, patch size, image size in pixels) of timm's name: vit_base_patch16_224 -> ('base', 16, 224)."""
+    """(size, patch size, image size in pixels) of timm's name: vit_base_patch16_224 -> ('base', 16, 224); a Swin's
+    has its window, too: swin_base_patch4_window7_224 -> ('base', 4, 224, 7)."""
+    match = re.fullmatch(r'swin_(\w+?)_patch(\d{1,4})_window(\d{1,2})_(\d{1,5})(\..*)?', name)
+    if match and match[1] in SWIN_SIZES:
+        return match[1], int(match[2]), int(match[4]), int(match[3])
     match = re.fullmatch(r'vit_(\w+?)_patch(\d{1,4})_(\d{1,5})(\..*)?', name)
     if not match or match[1] not in SIZES:
         raise InputError(f'unknown model {name!r}: write vit_SIZE_patchP_PIXELS, as vit_base_patch16_224, '
-                         f'SIZE one of {", ".join(SIZES)}')
+                         f'SIZE one of {", ".join(SIZES)}, or swin_SIZE_patch4_window7_PIXELS, SIZE one of '
+                         f'{", ".join(SWIN_SIZES)}')
     return match[1], int(match[2]), int(match[3])
 
 
 def build(name, weights=None, num_classes=0, img_size=None, readout='cls'):
-    """A ViT by timm's name, such as vit_base_patch16_224; what follows a dot in the name is ignored.
+    """A ViT or Swin by timm's name, as vit_base_patch16_224; what follows a dot in the name is ignored.
 
     weights: path or URL of a checkpoint, see `load_weights`; random values without. img_size: pixels, if other than
     the name says. readout: see `ViT`. Raises InputError for a name outside the grammar and weights that do not fit.
     """
-    size, patch_size, pixels = parse_name(name)
-    model = ViT(img_size or pixels, patch_size, *SIZES[size], num_classes, readout)
+    size, patch_size, pixels, *window = parse_name(name)
+    if window:
+        model = Swin(img_size or pixels, patch_size, *window, *SWIN_SIZES[size], num_classes=num_classes)
+    else:
+        model = ViT(img_size or pixels, patch_size, *SIZES[size], num_classes, readout)
     if weights is not None:
         load_weights(model, weights)
     return model
@@ -268,14 +382,14 @@ def load_weights(model, weights):
             state['pos_embed'] = resample_pos_embed(state['pos_embed'], model.M)
     except (IndexError, RuntimeError, ValueError) as error:  # a matrix that is a vector, layers of two widths
         raise InputError(f'{weights} does not fit this ViT: {reason(error)}') from None
-    head = {name for name in ('head.weight', 'head.bias') if name in state}
+    head = {name for name in state if re.fullmatch(r'head\.(fc\.)?(weight|bias)', name)}  # fc: a Swin's
     if any(name not in own or own[name].shape != state[name].shape for name in head):
         log.warning(f'{weights}: its head for {(*state[min(head)].shape, 1)[0]} classes is left out')
         for name in head:
             del state[name]
-    state |= {name: own[name] for name in ('head.weight', 'head.bias') if name in own and name not in state}
+    state |= {name: x for name, x in own.items() if name.startswith('head.') and name not in state}
     if wrong := misfits(state, own):
-        raise InputError(f'{weights} does not fit this ViT ({model.L} layers, D={model.D}, patch '
+        raise InputError(f'{weights} does not fit this {type(model).__name__} ({model.L} layers, D={model.D}, patch '
                          f'{model.patch_size}). {wrong}. Name its model with --model')
     if broken := [name for name, x in state.items() if not x.isfinite().all()]:
         raise InputError(f'{weights} is damaged: NaN or infinite values in {shorten(broken)}')
@@ -290,11 +404,11 @@ NOT_PLAIN = {  # in a parameter's name, the sign of what a plain ViT cannot repr
 
 def misfits(state, own):
     """In words, how a state dict differs from a model's own in names, shapes and types; '' if it does not."""
-    both, more = own.keys() & state.keys(), state.keys() - own.keys()
-    means = [what for sign, what in NOT_PLAIN.items() if re.search(sign, ' '.join(more))]
+    both, more, kind = own.keys() & state.keys(), state.keys() - own.keys(), 'ViT' if 'cls_token' in own else 'Swin'
+    means = [what for sign, what in NOT_PLAIN.items() if kind == 'ViT' and re.search(sign, ' '.join(more))]
     wrong = {
         'missing': own.keys() - state.keys(),
-        'not of a plain ViT': more,
+        f'not of a plain {kind}': more,
         'of another shape': {f'{name} {list(state[name].shape)} for {list(own[name].shape)}'
                              for name in both if state[name].shape != own[name].shape},
         'not floating-point': {name for name in both if not state[name].is_floating_point()},
@@ -343,6 +457,8 @@ def to_timm(state, N_h):
         state[q.replace('query', 'qkv')] = torch.cat(qkv)  # [3 D, D] or [3 D]
     if any(re.match(LAYER_SCALE, name) for name in state):
         state = fold_layer_scale(state)
+    if 'layers.0.downsample.reduction.weight' in state:
+        state = from_swin(state)
     return {name: x for name, x in state.items() if not name.startswith(UNREAD)}
 
 
@@ -424,6 +540,17 @@ def fold_layer_scale(state):
     if M and round(M ** 0.5) ** 2 == M:
         state['pos_embed'] = F.pad(state['pos_embed'], (0, 0, 1, 0))  # [1, 1 + M, D]
     return state
+
+
+def from_swin(state):
+    """Swin's own code (github.com/microsoft/Swin-Transformer), and timm before 0.8: merging ends a stage and does not
+    begin the next one, the head is not called `fc`, and two buffers are saved that follow from the sizes."""
+    timm = {}
+    for name, x in state.items():
+        name = re.sub(r'^layers\.(\d{1,4})\.(?=downsample\.)', lambda stage: f'layers.{int(stage[1]) + 1}.', name)
+        if not name.endswith(('.relative_position_index', '.attn_mask')):
+            timm[re.sub(r'^head\.(?=weight$|bias$)', 'head.fc.', name)] = x
+    return timm
 
 
 # ---- Files ----------------------------------------------------------------------------------------------

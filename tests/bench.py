@@ -8,10 +8,11 @@
 
 All variants run in one process, in each number format, round after round, in a random order each time, first the
 inferences and then the training steps; the ratios to the plain ViT in the same format, and to the plain ViT in
-float32, are taken within each round, and the median over rounds is printed, with the quartiles. The plain ViT is run as timm runs it, every token through every layer, the last one included,
-and no attention weights beside; its head and position embedding are trained, so that a gradient flows through
+float32, are taken within each round, and the median over rounds is printed, with the quartiles. The plain ViT is
+run as timm runs it, every token through every layer, the last one included, and no attention weights beside; its
+head and position embedding (of a Swin, the bias of its first norm) are trained, so that a gradient flows through
 every layer. "Concatenated" is Eq. 3 taken literally, as the public code of the field does it: prompts are tokens
-of the sequence, with queries and an MLP of their own, and their outputs are dropped.
+of the sequence, with queries and an MLP of their own, and their outputs are dropped; there is none for a Swin.
 """
 
 import argparse
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
 import vit
-from ivpt import IVPT, reinforce_, top_k
+from ivpt import IVPT, IVPTSwin, reinforce_, top_k
 
 METHODS = {
     'VPT': dict(structure='vpt', aggregation=False, reinforcement='none'),
@@ -70,10 +71,12 @@ def build(variant, args):
     if variant == 'plain':
         backbone.requires_grad_(False)
         backbone.head.requires_grad_(True)
-        backbone.pos_embed.requires_grad_(True)
+        first = backbone.patch_embed.norm.bias if isinstance(backbone, vit.Swin) else backbone.pos_embed
+        first.requires_grad_(True)
         return backbone.to(args.device)
     method, N, *concatenated = variant.split()
-    model = IVPT(backbone, args.classes, int(N), args.k, **METHODS[method])
+    tuned = IVPTSwin if isinstance(backbone, vit.Swin) else IVPT
+    model = tuned(backbone, args.classes, int(N), args.k, **METHODS[method])
     return (Concatenated(model) if concatenated else model).to(args.device)
 
 
@@ -231,7 +234,8 @@ def main():
 
     Ns = args.prompts.split(',')
     variants = args.variants.split(',') if args.variants else [f'{method} {N}{how}' for N in Ns for method, how in (
-        ('VPT', ' concatenated'), ('iVPT', ' concatenated'), ('VPT', ''), ('CDC', ''), ('iVPT', ''))]
+        ('VPT', ' concatenated'), ('iVPT', ' concatenated'), ('VPT', ''), ('CDC', ''), ('iVPT', ''))
+        if not (how and args.model.startswith('swin'))]
     config, = train.settings(train.read_configs(), 'where_blue', 'ivpt', args.model, {'weights': 'random'})
     formats = [train.number_format(argparse.Namespace(**vars(config) | {'precision': name}), torch.device(args.device))[0]
                for name in args.precision.split(',')]

@@ -241,9 +241,9 @@ OTHER_BACKBONES = [(model, method) for model, rows in CONFIGS['paper'].items() i
 
 
 def test_tables_5_and_6_have_vpt_and_ivpt_on_the_other_backbones():
-    assert OTHER_BACKBONES == [(f'vit_{name}', method) for name in (
-        'large_patch16_224.orig_in21k', 'huge_patch14_224.orig_in21k', 'base_patch16_224.mocov3',
-        'base_patch16_224.mae') for method in ('vpt', 'ivpt')]
+    assert OTHER_BACKBONES == [(name, method) for name in (
+        'vit_large_patch16_224.orig_in21k', 'vit_huge_patch14_224.orig_in21k', 'swin_base_patch4_window7_224.ms_in22k',
+        'vit_base_patch16_224.mocov3', 'vit_base_patch16_224.mae') for method in ('vpt', 'ivpt')]
 
 
 @pytest.mark.parametrize('model, method', OTHER_BACKBONES)
