@@ -39,7 +39,7 @@ class Side(nn.Module):
         super().__init__()
         self.f = f
         for name, x in p.items():
-            setattr(self, name, x if isinstance(x, nn.Parameter) else nn.Parameter(x))
+            setattr(self, name, nn.Parameter(x))
 
     def forward(self, x):
         return self.f(x, self)
@@ -141,17 +141,18 @@ def fact(vit, num_classes, s):
     being slice j of C P [r, r, 12 L]. V = 0 at the start. The published numbers are from code that reshapes the four
     slices of fc1 and of fc2, [r, r, 4], to [r, 4 r] and so mixes them."""
     def f(x, p):
-        T = (p.C @ p.P[:, p.j]).unbind(-1)
-        low = [x_j @ p.U.T for x_j in x.split(D, dim=-1)]  # one, but four of fc2
+        q, j = p.factors
+        T = (q.C @ q.P[:, j]).unbind(-1)
+        low = [x_j @ q.U.T for x_j in x.split(D, dim=-1)]  # one, but four of fc2
         low = [low[0] @ T_j for T_j in T] if len(low) == 1 else [sum(z @ T_j.T for z, T_j in zip(low, T))]
-        return s.scale * torch.cat([F.dropout(z, s.dropout, p.training) @ p.V.T for z in low], dim=-1)
+        return s.scale * torch.cat([F.dropout(z, s.dropout, p.training) @ q.V.T for z in low], dim=-1)
     model, D, r, J = Tuned(vit, num_classes, s), vit.D, s.r, 12 * vit.L
-    U, V = nn.Parameter(uniform(D ** -0.5, r, D)), nn.Parameter(torch.zeros(D, r))
-    C, P = nn.Parameter(uniform(3 ** 0.5 / r, r, r, r)), nn.Parameter(uniform((6 / (r + J)) ** 0.5, r, J))
+    model.factors = Side(None, U=uniform(D ** -0.5, r, D), V=torch.zeros(D, r),
+                         C=uniform(3 ** 0.5 / r, r, r, r), P=uniform((6 / (r + J)) ** 0.5, r, J))
     for l, layer in enumerate(vit.blocks):
         for part, j, n in (layer.attn.qkv, 0, 3), (layer.attn.proj, 3, 1), (layer.mlp.fc1, 4, 4), (layer.mlp.fc2, 8, 4):
-            beside(part, Side(f, U=U, V=V, C=C, P=P))
-            part.side.j = range(12 * l + j, 12 * l + j + n)
+            beside(part, Side(f))
+            part.side.factors = model.factors, range(12 * l + j, 12 * l + j + n)  # a tuple: they are saved once
     return model
 
 
@@ -251,8 +252,7 @@ class Sensitive(nn.Module):
 class SPT(Tuned):
     def prepare(self, batches):
         """Find S, how sensitive the loss is to each number: the sum over 16 batches of its squared gradient."""
-        W_b = [p.requires_grad_() for part in self.parts for p in (part.weight, part.bias)]
-        S = [0] * len(self.parts)
+        W_b, S = [p.requires_grad_() for part in self.parts for p in (part.weight, part.bias)], [0] * len(self.parts)
         for _, (images, labels) in zip(range(16), batches):
             grads = torch.autograd.grad(F.cross_entropy(self.eval()(images), labels), W_b)
             S = [x + torch.cat([W.reshape(len(b), -1), b[:, None]], dim=1) ** 2

@@ -129,7 +129,7 @@ def fill_fact(model):
     T = side(0, 2, 24, 24, 24) @ side(0, 3, 24, 24)
     for first in (4, 8, 16, 20):
         T[..., first:first + 4] = T[..., first:first + 4].reshape(24, 4, 24).transpose(1, 2)
-    copy(model.vit.blocks[0].attn.qkv.side, U=side(0, 0, 24, 32), V=side(0, 1, 32, 24), C=T, P=torch.eye(24))
+    copy(model.factors, U=side(0, 0, 24, 32), V=side(0, 1, 32, 24), C=T, P=torch.eye(24))
 
 
 def fill_ssf(model):
@@ -536,7 +536,7 @@ def test_does_not_fold_into_a_plain_vit(name):
 def test_the_parts_of_fc1_and_fc2_have_a_slice_each_in_fact():
     """y_j <- y_j + scale V T_jᵀ U x, and y <- y + scale V Σ_j T_j U x_j; the authors' code has mixtures for T_j."""
     model = system('fact', tiny(), r=5, scale=0.7)
-    p, mlp = model.vit.blocks[1].mlp.fc1.side, model.vit.blocks[1].mlp
+    p, mlp = model.factors, model.vit.blocks[1].mlp
     with torch.no_grad():
         p.V.copy_(side(0, 1, 32, 5))
         T, x, wide = p.C @ p.P, chirp((2, 3, 32), 54), chirp((2, 3, 128), 55)
@@ -550,12 +550,13 @@ def test_the_parts_of_fc1_and_fc2_have_a_slice_each_in_fact():
 
 def test_fact_has_its_factors_once():
     model = system('fact', tiny())
-    names = [name for name, p in model.named_parameters() if p.requires_grad and 'head' not in name]
-    assert [name.split('.')[-1] for name in names] == ['U', 'V', 'C', 'P']
+    assert sorted(name for name in model.state_dict() if name[:4] not in ('vit.', 'head')) == [
+        'factors.C', 'factors.P', 'factors.U', 'factors.V']
+    assert model.vit.state_dict().keys() == {name for name in tiny().state_dict()}
     other = deepcopy(model)
     with torch.no_grad():
-        other.vit.blocks[0].attn.qkv.side.V.fill_(0.1)
-    assert (other(IMAGES) - model(IMAGES)).abs().max() > 1e-3 and other.vit.blocks[1].mlp.fc2.side.V.eq(0.1).all()
+        other.factors.V.fill_(0.1)
+    assert (other(IMAGES) - model(IMAGES)).abs().max() > 1e-3 and not model.factors.V.any()
 
 
 @pytest.mark.parametrize('flows', [0, 3])
