@@ -42,8 +42,8 @@ def stop_at(monkeypatch, epoch, step, error=KeyboardInterrupt):
     """The next run ends with an error in a step of an epoch, both counted from 0."""
     batches = data.batches
 
-    def stopped(pictures, config, device, now=None):
-        for i, batch in enumerate(batches(pictures, config, device, now)):
+    def stopped(pictures, config, device, now=None, *part):
+        for i, batch in enumerate(batches(pictures, config, device, now, *part)):
             if (now, i) == (epoch, step):
                 monkeypatch.setattr(data, 'batches', batches)
                 raise error
@@ -121,9 +121,9 @@ def test_other_random_numbers_are_the_same_after_an_interruption_too(tmp_path, m
 def test_each_epoch_of_each_seed_has_random_numbers_of_its_own(tmp_path, monkeypatch):
     batches, seeds = data.batches, []
 
-    def watched(pictures, config, device, now=None):
+    def watched(pictures, config, device, now=None, *part):
         seeds.extend([torch.initial_seed()] if now is not None else [])
-        return batches(pictures, config, device, now)
+        return batches(pictures, config, device, now, *part)
     monkeypatch.setattr(data, 'batches', watched)
     for seed in (0, 1):
         train.run(settings(tmp_path, method='linear', seed=seed))

@@ -270,8 +270,8 @@ def test_the_accuracy_reported_is_that_of_the_last_epoch_not_of_the_best(tmp_pat
 
 def test_test_pictures_are_looked_at_once_after_the_last_epoch(tmp_path, monkeypatch):
     seen, batches = [], data.batches
-    monkeypatch.setattr(data, 'batches', lambda pictures, config, device, epoch=None: (
-        seen.append((len(pictures), epoch)), batches(pictures, config, device, epoch))[1])
+    monkeypatch.setattr(data, 'batches', lambda pictures, config, device, epoch=None, *part: (
+        seen.append((len(pictures), epoch)), batches(pictures, config, device, epoch, *part))[1])
     train.run(tiny(runs=str(tmp_path), epochs=3, img_size=24))
     assert seen == [(50, 0), (50, 1), (50, 2), (20, None)]
 

@@ -293,7 +293,7 @@ def test_a_head_starts_with_standard_deviation_0_02_and_bias_0(model):
 
 @pytest.mark.parametrize('method', ['ivpt', 'linear', 'provp'])
 def test_what_is_read_is_a_setting_of_the_model_and_the_mean_for_mae(method):
-    config, = train.settings(CONFIGS, 'where_blue', method, changes={'readout': 'mean', 'weights': ''})
+    config, = train.settings(CONFIGS, 'where_blue', method, changes={'readout': 'mean', 'weights': 'random'})
     model = train.make_model(config, 9)
     assert getattr(model, 'vit', model).readout == 'mean'
     for name in CONFIGS['models']:
@@ -330,6 +330,6 @@ def test_the_backbone_that_comes_along_is_found_from_any_folder_and_by_the_same_
 
 def test_the_backbone_of_the_default_task_knows_where_the_colour_of_the_frame_is():
     """It is pre-trained on that question; the head that answered it is in the file."""
-    config, = train.settings(CONFIGS, 'where_framed', 'full', changes={'n_train': 1, 'n_test': 300})
+    config, = train.settings(CONFIGS, 'where_framed', 'pretrain', changes={'n_train': 1, 'n_test': 300, 'precision': 'float32'})
     model = vit.build(config.model, nano().weights, num_classes=9)
     assert train.accuracy(model, data.load(config).test, config, torch.device('cpu')) > 0.9
