@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import NANO, no_network, run  # noqa: F401
+from pictures import CONFIGS, NANO, no_network, run, tiny  # noqa: F401
+from test_4_2_table_1 import SETTINGS
 
 import data
 import train
@@ -130,3 +131,25 @@ def test_only_files_that_the_user_names_are_run(tmp_path, capfd):
     train.write_result(file.parent, result)
     assert train.main(['--show', '--run', str(file.parent)]) == 2
     assert not (tmp_path / 'was_run').exists() and 'evil.py' in capfd.readouterr().err
+
+
+# ---- Table 1's other systems, from configs.yaml to result.json ------------------------------------------
+
+TABLE_1 = {name: method for name, method in CONFIGS['methods'].items() if '.py:' in method.get('tune', '')}
+
+
+def test_the_systems_of_table_1_are_methods_and_their_settings_are_those_that_they_are_tested_with():
+    assert set(TABLE_1) == {'adapter', 'adapter_vpt', 'lora', 'adaptformer', 'ssf', 'sct', 'fact', 'snf', 'bi_adapter', 'spt', 'e2vpt',
+                            'gapt'}
+    for name, settings in SETTINGS.items():
+        own = {key: value for key, value in settings.items() if key in TABLE_1[name]}
+        assert own and own == {key: TABLE_1[name][key] for key in own}, name
+
+
+@pytest.mark.parametrize('method', TABLE_1)
+def test_a_system_of_table_1_trains_is_saved_and_is_loaded(method, tmp_path):
+    result = train.run(tiny('where_blue', method, runs=str(tmp_path), img_size=24, epochs=1))
+    folder, = (path.parent for path in tmp_path.rglob('result.json'))
+    config, _, model = train.open_run(folder, torch.device('cpu'), code=[TABLE_1[method]['tune']])
+    assert train.accuracy(model, data.load(config).test, config, torch.device('cpu')) == result['accuracy']
+    assert 0 < result['trained_parameters'] < 100_000 and result['final_loss'] > 0

@@ -327,7 +327,8 @@ COUNTS = {
 
 
 def test_every_method_of_configs_yaml_is_counted_here():
-    assert set(COUNTS) == set(CONFIGS['methods']) - {'pretrain'}  # which is `full`
+    others = {name for name, of in CONFIGS['methods'].items() if '.py:' in of.get('tune', '')}  # Table 1's: a test of their own
+    assert set(COUNTS) == set(CONFIGS['methods']) - {'pretrain'} - others  # pretrain is `full`
 
 
 @pytest.mark.parametrize('method', COUNTS)
