@@ -156,7 +156,7 @@ MUTANTS = [
     ('EXPRESS does not start as VPT-shallow', 'ivpt.py', 'self.proj = nn.Parameter(torch.zeros(N, D))', 'self.proj = nn.Parameter(torch.ones(N, D))', STRUCT),
     ("EXPRESS's weights are those of the last token", 'ivpt.py', 'layer.attn.first_row(q, k)', 'layer.attn.first_row(q.flip(2), k)', STRUCT),
     ('look: the first tokens are taken for the prompts', 'ivpt.py', '[..., -P[0].shape[-2]:, :]', '[..., :P[0].shape[-2], :]', LOOK),
-    ('look: Ω of top-k where all tokens are reinforced', 'ivpt.py', "reinforcement', '') == 'topk'", "reinforcement', 'none') != 'none'", LOOK),
+    ('look: Ω of top-k where all tokens are reinforced', 'ivpt.py', "reinforcement', '') == 'topk'", "reinforcement', 'none') != 'none'", SWIN),
     ('AR at all tokens, in the wrong order', 'ivpt.py', 'torch.arange(w.shape[-1], device=w.device)', 'torch.arange(w.shape[-1], device=w.device).flip(0)', STRUCT),
     ('BitFit without the head', 'train.py', "name.endswith('.bias') or name.startswith('head.')", "name.endswith('.bias')", STRUCT),
     ('CDC of the image', 'ivpt.py', 'layer(tokens, P_hat[l], ', 'layer(tokens, P_hat[l] + tokens[:, :1].detach(), ', CDC),

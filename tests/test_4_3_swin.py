@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import close
-from strategies import METHODS, OTHERS, Case, cases, randomised
+from strategies import METHODS, OTHERS, Case, cases, random_model, randomised
 
 import data
 import vit
@@ -358,6 +358,15 @@ def test_what_is_seen_is_what_the_literal_form_computes_stage_by_stage(case, siz
         of_layers = [layer for stage in seen[name] for layer in stage.unbind(dim)]
         for ours, theirs in zip(of_layers, getattr(expected, name), strict=True):
             close(ours, torch.as_tensor(theirs).detach())
+
+
+@pytest.mark.parametrize('method', ON_SWIN)
+def test_only_with_top_k_are_there_chosen_tokens_to_be_seen(method):
+    """Eq. 14, on a Swin as on a ViT."""
+    case = Case(B=1, L=2, N=2, M=4, N_h=1, d=2, k=2, C=2, seed=0)
+    for model, pixels in ((tuned(case, SIZES[0], method), images(case, SIZES[0])),
+                          (random_model(case, **ON_SWIN[method]), case.images())):
+        assert (look(model, pixels)['Omega'] is not None) == (ON_SWIN[method]['reinforcement'] == 'topk')
 
 
 @settings(max_examples=settings().max_examples // 2)
