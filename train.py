@@ -121,7 +121,9 @@ def make_optimizer(model, config):
 def decays(name, config):
     """Whether weight decay pulls a parameter to 0. As in VPT's code it leaves the head's bias alone, and with AdamW
     every bias. γ is left alone too: it starts as the identity, and decay would take CDC's connection away."""
-    return not (name in ('head.bias', 'head.fc.bias') or name.startswith('gamma') or config.optimizer == 'AdamW' and name.endswith('bias'))
+    if name in ('head.bias', 'head.fc.bias') or name.startswith('gamma'):
+        return False
+    return config.optimizer == 'SGD' or not name.endswith('bias')
 
 
 def autocast(device, config):
@@ -170,8 +172,8 @@ def make_model(config, classes):
     torch.manual_seed(config.seed)
     whole, weights = config.tune in ('all', 'bias', 'head'), config.weights
     if not weights:
-        raise InputError(f'{config.model} has no weights of its own: name a file with --weights FILE, or ask for random '
-                         'values with --weights random')
+        raise InputError(f'{config.model} has no weights of its own: name a file with --weights FILE, or ask for '
+                         'random values with --weights random')
     if not Path(weights).exists() and (HERE / weights).exists():
         weights = HERE / weights  # comes with this project
     model = vit.build(config.model, None if weights == 'random' else weights, classes if whole else 0, config.img_size,
@@ -195,9 +197,9 @@ def make_model(config, classes):
 
 
 def from_file(where, backbone, classes, config):
-    """What the function that FILE.py:NAME names makes of the frozen backbone: a module from images [B, 3, H, W] to logits
-    [B, C]. All that requires a gradient in it is trained; if it has a method `prepare`, that gets (images, labels) of the
-    training pictures, batch by batch, before training starts. The file is code, and is run."""
+    """What the function that FILE.py:NAME names makes of the frozen backbone: a module from images [B, 3, H, W] to
+    logits [B, C]. All that requires a gradient in it is trained. If it has a method `prepare`, that gets (images,
+    labels) of the training pictures, batch by batch, before training starts. The file is code, and is run."""
     file, _, name = where.rpartition(':')
     path = Path(file) if Path(file).exists() else HERE / file
     try:
@@ -220,7 +222,8 @@ def find_device(name='auto'):
     try:
         return torch.empty(0, device='cpu' if name == 'auto' else name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f'device {name} cannot be used ({str(error).splitlines()[0]}); --set device=cpu always can') from None
+        why = str(error).splitlines()[0]
+        raise InputError(f'device {name} cannot be used ({why}); --set device=cpu always can') from None
 
 
 WIDE_ENOUGH = 384  # channels from which bfloat16 is faster than float32 on a CPU that has it (README)
@@ -238,8 +241,8 @@ def number_format(config, device):
     has = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
     if has.get('avx512_bf16') or has.get('amx_bf16'):
         D = (vit.SWIN_SIZES if config.model.startswith('swin') else vit.SIZES)[vit.parse_name(config.model)[0]][0]
-        wide = D >= WIDE_ENOUGH
-        return ('bfloat16' if wide else 'float32'), f'this CPU has bfloat16, which pays from D = {WIDE_ENOUGH} on; here D = {D}'
+        why = f'this CPU has bfloat16, which pays from D = {WIDE_ENOUGH} on; here D = {D}'
+        return ('bfloat16' if D >= WIDE_ENOUGH else 'float32'), why
     return 'float32', 'this device has no other fast format'
 
 
@@ -287,12 +290,10 @@ def run(config, again=False):
             say('epoch {epoch:3d}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  {images_per_second:.0f} images/s  '
                 '{left} left'.format(**record, epochs=config.epochs, left=clock(left)))
         result = finish(place, model, score, task, config, records, device)
-    except FloatingPointError as error:
-        raise Diverged(f'{error}. {kept(place, records)}. Lower the learning rate: '
-                       f'--set lr={config.lr / 4:g}') from None
+    except FloatingPointError as e:
+        raise Diverged(f'{e}. {kept(place, records)}. Lower the learning rate: --set lr={config.lr / 4:g}') from None
     except KeyboardInterrupt as stop:
-        where = f'in epoch {len(records) + 1} of {config.epochs}' if len(records) < config.epochs else 'while testing'
-        stop.where = f'{where}. {kept(place, records)}; the same command goes on from there'
+        stop.where = f'{kept(place, records, config.epochs)}; the same command goes on from there'
         raise
     take_place(folder)
     return result
@@ -350,9 +351,12 @@ def environment(device):
             'torchvision': torchvision.__version__}
 
 
-def kept(folder, records):
-    """Where the epochs that are done can be found."""
-    return f'Epoch {len(records)} is kept in {folder}' if records else 'No epoch was done yet'
+def kept(folder, records, epochs=0):
+    """Where the epochs that are done can be found, and, with their number in all, where it stopped."""
+    place = f'Epoch {len(records)} is kept in {folder}' if records else 'No epoch was done yet'
+    if not epochs:
+        return place
+    return (f'in epoch {len(records) + 1} of {epochs}. ' if len(records) < epochs else 'while testing. ') + place
 
 
 def header(config, task, model, device, why):
@@ -518,8 +522,8 @@ def differences(old, new):
 def same_settings(old, config, folder):
     """Raise InputError if a run was begun with settings that would give other numbers."""
     if changed := differences(old, vars(config)):
-        raise InputError(f'{folder} was begun with other settings, pictures or weights: {changed}. Give those to go on, '
-                         '--again to start over, or another folder with --set runs=DIR')
+        raise InputError(f'{folder} was begun with other settings, pictures or weights: {changed}. Give those to go '
+                         'on, --again to start over, or another folder with --set runs=DIR')
 
 
 def set_aside(path, why):
@@ -591,7 +595,7 @@ def take_turns(n, device):
     if 'RANK' not in os.environ:
         return dist.HashStore(), range(n)
     store, rank, world = next(dist.rendezvous('env://'))
-    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)  # after a restart all starts anew
+    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)  # a restart counts anew
     store.set_timeout(timedelta(days=999))
     if n == 1:
         backend = dist.get_default_backend_for_device(find_device(device))
@@ -667,7 +671,8 @@ def collect(folder, tasks, models, methods, seeds):
                 raise InputError(f'{path}: there are two results of {", ".join(map(str, key))}; move one away')
             results[key] = result
     if not results and whole:
-        raise InputError(f'{folder}: no finished run of what is named; train it first, or name the folder with --set runs=DIR')
+        raise InputError(f'{folder}: no finished run of what is named; train it first, or name the folder with '
+                         '--set runs=DIR')
     return results, whole
 
 
@@ -686,7 +691,8 @@ def report(configs, folder, names=None, models=None, methods=None, seeds=None):
         tasks = {task for task, *_ in mine}
         shown = columns(configs, names or [name for name in configs['tasks'] if name in tasks])
         found = {method for _, method, _ in mine}
-        table(configs, mine, shown, methods or [name for name in dict.fromkeys((*configs['methods'], *found)) if name in found])
+        known = [name for name in configs['methods'] if name in found]
+        table(configs, mine, shown, methods or known + sorted(found - {*known}))
         for task in shown:
             say_differences(task, [result for (name, *_), result in mine.items() if name == task])
     return 0 if whole else 2
@@ -739,7 +745,8 @@ def markdown(*cells):
 
 def with_noise(runs, rates, device, changes, code):
     """Test finished runs on images that are mixed with noise (Figures 4 and 6), add the accuracies to their results,
-    and print them, method by method. What is wrong with one run is said, and the next has its turn. Returns the status."""
+    and print them, method by method. What is wrong with one run is said, and the next has its turn. Returns the exit
+    status."""
     found, said = {}, set()
     for folder in runs:
         try:
@@ -797,16 +804,17 @@ def show(folders, files, path, device, changes, code):
 
 def open_run(folder, device, changes=None, code=()):
     """The settings, the names of the classes and the model of a finished run. changes: where its data and weights are
-    by now, if elsewhere. code: the methods in files that may be run. Raises InputError if it was trained with others."""
+    by now, if elsewhere. code: the methods in files that may be run. Raises InputError if it was trained with other
+    data or weights."""
     result = read_result(folder)
     if not result:
         raise InputError(f'{folder}: no finished run; train it first')
     stored = result['config']
     if 'backbone' not in stored:
-        raise InputError(f'{folder}: an older version made it, without digests of pictures and backbone; train it again')
+        raise InputError(f'{folder}: an older version made it, without digests of its data; train it again')
     config = SimpleNamespace(**stored | {name: (changes or {}).get(name, stored[name]) for name in ('data', 'weights')})
     if '.py:' in config.tune and config.tune not in code:
-        raise InputError(f'{folder}: it was made by {config.tune}, which is code: name it with --method, or in configs.yaml')
+        raise InputError(f'{folder}: it was made by {config.tune}, which is code: name it with --method')
     if config.tune == 'all':  # params.pth is the whole model
         config.weights = 'random'
     model = make_model(config, len(result['classes'])).to(device).eval()
@@ -919,29 +927,40 @@ def one_of(*choices):
     return lambda x: x in choices, f'is one of {", ".join(map(str, choices))}'
 
 
-ANY = lambda x: True, ''  # noqa: E731
-TEXT = str.isprintable, 'is a text without line ends and control characters'
-FOLDER = lambda x: x and x.isprintable(), 'is the name of a folder'  # noqa: E731
-WORKERS = lambda x: x == 'auto' or x.isdecimal() and int(x) <= 1024, 'is auto, or a number from 0 to 1024'
-COLOURS = lambda x: len(x) == 3 and all(type(c) in (int, float) and abs(c) < 1e6 for c in x), 'is three numbers, one a colour'
-TUNE = lambda x: x in ('prompts', 'bias', 'head', 'all') or '.py:' in x, 'is one of prompts, bias, head, all, FILE.py:NAME'
-GRID = lambda x: x and all(type(values) is list and values for values in x.values()), 'is a list of values for each setting'
+def colours(x):
+    return len(x) == 3 and all(type(c) in (int, float) and abs(c) < 1e6 for c in x)
+
+
+def grid(x):
+    return x and all(type(values) is list and values for values in x.values())
+
+
+ANY = (lambda x: True, '')
+TEXT = (str.isprintable, 'is a text without line ends and control characters')
+FOLDER = (lambda x: x and x.isprintable(), 'is the name of a folder')
+COUNT = (lambda x: x == 'auto' or x.isdecimal() and int(x) <= 1024, 'is auto, or a number from 0 to 1024')
+TUNES = ('prompts', 'bias', 'head', 'all')
 
 # What a setting has to be, beside of the type of its default: a test, and what it says in words.
 RULES = {
     'lr': between(1e-12, 1e6), 'weight_decay': between(0, 1e6), 'momentum': between(0, 1), 'warmup': between(0, 0.99),
-    'epochs': between(1, 10 ** 6), 'batch': between(1, 10 ** 6), 'workers': WORKERS, 'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
+    'epochs': between(1, 10 ** 6), 'batch': between(1, 10 ** 6), 'workers': COUNT,
+    'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
     'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4), 'n_shapes': between(1, 6),
-    'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6), 'paper_backbone_params': between(0, 1e6),
-    'tune': TUNE, 'score_on': one_of('test', 'val'),
+    'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
+    'paper_backbone_params': between(0, 1e6),
+    'tune': (lambda x: x in TUNES or '.py:' in x, f'is one of {", ".join(TUNES)}, FILE.py:NAME'),
+    'score_on': one_of('test', 'val'),
     'augment': one_of('crop_flip', 'none'), 'optimizer': one_of('SGD', 'AdamW'),
     'save_dtype': one_of('float32', 'float16'), 'structure': one_of(*ivpt.STRUCTURES),
     'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'readout': one_of('cls', 'mean'), 'source': one_of(*data.SOURCES),
     'torchvision': one_of('', *data.TORCHVISION), 'aggregation': ANY, 'device': TEXT, 'task': TEXT,
     'precision': one_of('auto', 'float32', 'bfloat16', 'float16'), 'method': TEXT,
     'model': TEXT, 'data': FOLDER, 'runs': FOLDER, 'weights': TEXT, 'dir': TEXT, 'images': TEXT, 'ask': TEXT,
-    'mean': COLOURS, 'std': (lambda x: COLOURS[0](x) and min(x) > 0, COLOURS[1] + ', above 0'), 'grid': GRID}
+    'mean': (colours, 'is three numbers, one a colour'),
+    'std': (lambda x: colours(x) and min(x) > 0, 'is three numbers, one a colour, above 0'),
+    'grid': (grid, 'is a list of values for each setting')}
 
 
 def checked(key, value, defaults, where):
@@ -1018,7 +1037,7 @@ def arguments(argv, defaults):
     parser.add_argument('--method', help='an entry of methods, or several: ivpt,vpt')
     parser.add_argument('--model', help='an entry of models, or a name such as vit_small_patch14_224, or several')
     parser.add_argument('--seed', help='a number, or several: 0,1,2')
-    parser.add_argument('--weights', help='path or URL of a checkpoint: .pth, .pt, .bin, .tar, .safetensors or .npz; or random')
+    parser.add_argument('--weights', help='path or URL of a .pth, .pt, .bin, .tar, .safetensors or .npz; or random')
     parser.add_argument('--data', help='folder of the data sets')
     parser.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', action='extend',
                         help='any setting of configs.yaml')
@@ -1034,11 +1053,12 @@ def arguments(argv, defaults):
     args, unknown = parser.parse_known_args(argv)
     for option in unknown:
         name = option.lstrip('-').partition('=')[0]
-        raise InputError(f'there is no option {option}' + (f': write --set {name}=VALUE' if name in defaults else nearest(
-            option, ['--task', '--method', '--model', '--seed', '--weights', '--data', '--set', '--help'])))
+        known = ['--task', '--method', '--model', '--seed', '--weights', '--data', '--set', '--help']
+        advice = f': write --set {name}=VALUE' if name in defaults else nearest(option, known)
+        raise InputError(f'there is no option {option}{advice}')
     if args.run and not (args.show or args.image or args.noise is not None):
-        raise InputError(f'--run {args.run} is for --show, --image and --noise; a run to train is named by --task, --method, '
-                         '--model and --seed')
+        raise InputError(f'--run {args.run} is for --show, --image and --noise; a run to train is named by --task, '
+                         '--method, --model and --seed')
     given = [change.partition('=') for change in args.set]
     given += [(name, '=', getattr(args, name)) for name in ('weights', 'data') if getattr(args, name) is not None]
     for name, equals, value in given:
@@ -1048,7 +1068,7 @@ def arguments(argv, defaults):
             raise InputError(f'--set {name}={value}: write --{name} {value}')
     changes = {name: parsed(name, value, defaults) for name, _, value in given}
     if 'data' in changes and not os.path.isdir(changes['data']):
-        raise InputError(f'{changes["data"]}: there is no such folder of data sets; make it if they are to be downloaded there')
+        raise InputError(f'{changes["data"]}: there is no such folder of data sets; make it to download them there')
     return args, changes
 
 
@@ -1093,7 +1113,8 @@ def command(args, changes, configs):
     results, status = run_all(runs, args.again, args.search)
     for result in results if len(results) > 1 else []:
         say('{task:16} {model:32} {method:12} seed {seed}  '.format(**result) + f'{100 * result["accuracy"]:6.2f}%  '
-            f'{result["trained_parameters"] / 1e6:.3f}M trained  {clock(result["seconds"])}{is_random(result["config"])}')
+            f'{result["trained_parameters"] / 1e6:.3f}M trained  {clock(result["seconds"])}'
+            f'{is_random(result["config"])}')
     return status
 
 

@@ -435,8 +435,8 @@ MUTANTS = [
     ('unseen: test images are not checked before training', 'train.py', "data.in_memory(score, config, torch.device('cpu'))", 'score', INPUT),
     ("unseen: the paper's figure beside a validation accuracy", 'train.py', "config.paper_accuracy if config.score_on == 'test' else 0",
      'config.paper_accuracy', LOOP),
-    ('unseen: Ctrl-C keeps a part of an epoch', 'train.py', "        where = f'in epoch {len(records) + 1}",
-     "        save(folder, model, optimizer, records, config, device)\n        where = f'in epoch {len(records) + 1}", STOPS),
+    ('unseen: Ctrl-C keeps a part of an epoch', 'train.py', "        stop.where = f'",
+     "        save(place, model, optimizer, scaler, records, config, device)\n        stop.where = f'", STOPS),
     ('unseen: two processes write into the same file', 'train.py', '.{os.getpid()}.{time.monotonic_ns()}.part', '.part', STOPS),
     ('unseen: SIGTERM is not handled', 'train.py', '    signal.signal(signal.SIGTERM, terminate)\n', '', STOPS),
     # what a run belongs to
@@ -459,7 +459,7 @@ MUTANTS = [
     ('the edge of the grid is not said', 'train.py', 'in (min(values), max(values))', 'in ()', SWEEPS),
     ('gamma decays', 'train.py', " or name.startswith('gamma')", '', LOOP),
     ("the head's bias decays", 'train.py', "name in ('head.bias', 'head.fc.bias') or ", '', LOOP),
-    ('biases decay with AdamW', 'train.py', " or config.optimizer == 'AdamW' and name.endswith('bias')", '', LOOP),
+    ('biases decay with AdamW', 'train.py', "config.optimizer == 'SGD' or not name.endswith('bias')", 'True', LOOP),
     ('a run that learned nothing says nothing', 'train.py', 'if loss > guess', 'if False', LOOP),
     ('--again deletes the old run at once', 'train.py', 'place = folder / AGAIN if again and folder.exists() else folder', 'place = folder; again and start_over(folder)', LOOP),
     ('--again never goes on', 'train.py', "if folder.name == AGAIN and differences(newest['config'], vars(config))", 'if folder.name == AGAIN', LOOP),
@@ -472,7 +472,7 @@ MUTANTS = [
     ('a file may return anything', 'train.py', 'if not isinstance(model, torch.nn.Module)', 'if False', 'test_4_2_own_method'),
     ('every method has the settings of one', 'train.py', "if ':' in own.get('tune', '') else defaults", "if True else defaults", 'test_4_2_own_method'),
     # number formats, devices, processes
-    ('the nano ViT in bfloat16 too', 'train.py', 'wide = D >= WIDE_ENOUGH', 'wide = True', PROCESSES),
+    ('the nano ViT in bfloat16 too', 'train.py', "if D >= WIDE_ENOUGH else 'float32'", "if True else 'float32'", PROCESSES),
     ('emulated bfloat16 counts', 'train.py', 'including_emulation=False', 'including_emulation=True', PROCESSES),
     ('a T4 in float32', 'train.py', '((7, 0), (7, 5))', '((7, 0),)', PROCESSES),
     ('the scaler is not kept', 'train.py', "scaler.load_state_dict(newest['scaler'])", 'pass', PROCESSES),
