@@ -184,12 +184,12 @@ class SalientChannels(Tuned):
     def prepare(self, batches):
         """Find I in the ViT alone: the channels of what enters norm2 with the largest norm over the image tokens of all
         pictures of a class, as a mean over the classes that there are."""
-        squares = self.head.weight.new_zeros(self.vit.L, *self.head.weight.shape, dtype=torch.float64)
+        squares = torch.zeros(self.vit.L, *self.head.weight.shape, dtype=torch.float64)  # on the CPU: MPS has no float64
         for images, labels in batches:
             x = self.vit.embed(images)
             for layer, square in zip(self.vit.blocks, squares):
                 x = x + layer.attn(layer.norm1(x), need_weights=False)[0]
-                square.index_add_(0, labels, x[:, 1:].double().pow(2).sum(dim=1))
+                square.index_add_(0, labels.cpu(), x[:, 1:].cpu().double().pow(2).sum(dim=1))
                 x = x + layer.mlp(layer.norm2(x))
         for layer, square in zip(self.vit.blocks, squares):
             norms = square[square.any(dim=1)].sqrt().mean(dim=0)  # [D]
