@@ -47,8 +47,7 @@ class InputError(ValueError):
     """Something that the user gave is wrong. The message is one line: what, where, and what to do."""
 
     def __init__(self, message):
-        # a worker process wraps what it raises in its traceback: the message proper is the last part
-        super().__init__(' '.join(message.split()).rpartition('InputError: ')[2])
+        super().__init__(' '.join(message.split()))
 
 
 def attend(q, k, v):
