@@ -203,6 +203,7 @@ def from_file(where, backbone, classes, config):
     file, _, name = where.rpartition(':')
     path = Path(file) if Path(file).exists() else HERE / file
     try:
+        config.code = digest(path.read_bytes())[:12]  # a run belongs to it as to its backbone
         spec = importlib.util.spec_from_file_location(path.stem, path)
         code = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(code)
@@ -510,7 +511,8 @@ def take_place(folder):
                 (folder / AGAIN / name).replace(folder / name)
         start_over(folder / AGAIN)
         (folder / AGAIN).rmdir()
-    summed(torch.zeros(1))  # nobody goes on before it is done
+    if parts()[1] > 1:
+        dist.barrier()  # nobody goes on before it is done
 
 
 def differences(old, new):
@@ -821,6 +823,8 @@ def open_run(folder, device, changes=None, code=()):
     if config.tune != 'all' and config.backbone != stored['backbone']:
         raise InputError(f'{folder} was tuned on another backbone than {config.weights} holds: backbone '
                          f'{stored["backbone"]} -> {config.backbone}; name its file with --weights')
+    if getattr(config, 'code', None) != stored.get('code'):
+        raise InputError(f'{folder}: {config.tune} is not the code any more that made it; --again trains anew')
     config.weights, config.backbone = stored['weights'], stored['backbone']
     restore_params(folder, result, config)
     model.load_state_dict(vit.read_state_dict(folder / 'params.pth'), strict=False)

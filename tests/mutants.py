@@ -466,6 +466,7 @@ MUTANTS = [
     ('seeds are octal', 'train.py', '            return kind(text)', '            return yaml.safe_load(text)', LOOP),
     ('lost parameters are lost', 'train.py', "if digest(params) == result['params_digest']", 'if False', LOOK),
     # a method in a file
+    ('a method may be another by now', 'train.py', 'config.code = digest(path.read_bytes())[:12]', "config.code = ''", 'test_4_2_own_method'),
     ('a file that a result names is run', 'train.py', 'config.tune not in code:', 'False:', 'test_4_2_own_method'),
     ('buffers of a method are not saved', 'train.py', 'for name, x in model.state_dict().items() if name not in frozen}', 'for name, x in model.named_parameters() if name not in frozen}', 'test_4_2_own_method'),
     ('a method sees the validation pictures before training', 'train.py', 'data.batches(task.train, config, device)', 'data.batches(task.train + task.val, config, device)', 'test_4_2_own_method'),

@@ -83,6 +83,17 @@ def test_what_it_trains_is_trained_saved_and_loaded_and_its_own_buffers_with_it(
     assert f'`{file}:shift`' in capsys.readouterr().out
 
 
+def test_a_run_belongs_to_the_code_of_its_method(file, tmp_path, capfd):
+    argv = '--method', f'{file}:shift'
+    assert run(tmp_path / 'runs', *argv, **SMALL) == 0
+    file.write_text(file.read_text().replace('+ self.b', '- self.b'))
+    for action in [], ['--noise', '0'], ['--show']:
+        capfd.readouterr()
+        assert run(tmp_path / 'runs', *argv, *action, **SMALL) == 2
+        err = capfd.readouterr().err
+        assert err.count('\n') == 1 and 'code' in err
+
+
 def test_it_goes_on_where_it_was_interrupted(file, tmp_path, monkeypatch):
     argv = '--method', f'{file}:shift'
     assert run(tmp_path / 'whole', *argv, **SMALL) == 0
