@@ -42,9 +42,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import yaml
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
+from torchvision.utils import draw_bounding_boxes, make_grid
 
 import data
 import ivpt
@@ -790,15 +792,15 @@ def show(folders, files, path, device, changes, code):
             seen = ivpt.look(model, image)
             p, best = seen['logits'][0].float().softmax(dim=0).topk(min(5, len(classes)))
             truth = f', in truth {classes[label]}' if label >= 0 else ''
-            row = ivpt.tiles(image, seen, config.mean, config.std)
+            row = tiles(image, seen, config.mean, config.std)
             words = f'{config.method}: {classes[best[0]]}{truth}{is_random(vars(config))}'
-            rows.append((i, ivpt.caption([words], row), row))
+            rows.append((i, caption([words], row), row))
             if files:
                 say(f'{files[i]}, by {folder}: ' + ', '.join(f'{classes[c]} {100 * x:.1f}%' for x, c in zip(p, best)))
     if len({row.shape for *_, row in rows}) > 1:
         raise InputError('runs of models with different numbers of layers do not fit one picture: --show them apart')
     rows.sort(key=lambda row: row[0])  # the runs of an image stand together
-    head = ivpt.caption(['image'] + [f'layer {l}' for l in range(row.shape[2] // (ivpt.TILE + 2) - 1)], row)
+    head = caption(['image'] + [f'layer {l}' for l in range(row.shape[2] // (TILE + 2) - 1)], row)
     strips = [head] + [strip for _, *row in rows for strip in row]
     to_pil_image(torch.cat(strips, dim=1)).save(path)
     say(f"the class token's attention in each layer, and outlined what AR reinforces after it: {path}")
@@ -852,6 +854,45 @@ def task_of(config, folder):
         raise InputError(f'{folder} was trained and tested on other pictures than {config.data} has: {changed}; name '
                          'their folder with --data')
     return task
+
+
+# ---- Drawing -------------------------------------------------------------------------------------------
+
+TILE = 112  # pixels of a picture and of a map
+
+
+def tiles(image, seen, mean, std):
+    """An image [1, 3, H, W] as the model gets it and a map for each layer, side by side: uint8 [3, TILE, W]."""
+    mean, std = (torch.tensor(x, device=image.device).view(3, 1, 1) for x in (mean, std))
+    picture = ((image[0] * std + mean) * 255).round().clip(0, 255).to('cpu', torch.uint8)
+    row, w, Omega = [resize(picture, [TILE, TILE])], seen['w'], seen['Omega']
+    stages = w if isinstance(w, list) else [w]  # of a Swin there are several
+    for w, Omega in zip(stages, Omega if isinstance(Omega, list) else [Omega] * len(stages)):
+        for l, w_l in enumerate(w[0].float().cpu()):
+            reinforced = [] if Omega is None or l == Omega.shape[1] else Omega[0, l].tolist()
+            row.append(heat_map(row[0], w_l, reinforced))
+    return make_grid(torch.stack(row), nrow=len(row), padding=2, pad_value=255)
+
+
+def heat_map(picture, w, reinforced=()):
+    """Attention w [M], relative to its largest, as heat over a picture, uint8 [3, TILE, TILE], from black over
+    red and yellow to white; the patches whose numbers are in `reinforced` are outlined."""
+    side = round(len(w) ** 0.5)
+    w = resize((w / w.max()).view(1, side, side), [TILE, TILE], InterpolationMode.NEAREST)
+    heat = torch.cat([(3 * w - i).clip(0, 1) for i in range(3)])  # [3, TILE, TILE]
+    drawn = (0.4 * picture + 0.6 * 255 * heat).to(torch.uint8)
+    patch = TILE / side
+    boxes = torch.tensor([[i % side * patch, i // side * patch, (i % side + 1) * patch - 1, (i // side + 1) * patch - 1]
+                          for i in reinforced])
+    return draw_bounding_boxes(drawn, boxes, colors='cyan', width=2) if len(boxes) else drawn
+
+
+def caption(words, row):
+    """A white strip as wide as a row, with words at the left of the first tiles: uint8 [3, 18, W]."""
+    strip = Image.new('RGB', (row.shape[2], 18), 'white')
+    for i, text in enumerate(words):
+        ImageDraw.Draw(strip).text((4 + i * (TILE + 2), 1), text, fill='black', font=ImageFont.load_default(14))
+    return pil_to_tensor(strip)
 
 
 # ---- Settings -------------------------------------------------------------------------------------------
