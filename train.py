@@ -581,7 +581,7 @@ def run_all(runs, again, searching):
                 vars(config).update(best[key])
             result = run(config, again)
         except (InputError, torch.OutOfMemoryError) as error:
-            if config.point and isinstance(error, Diverged):
+            if config.point.startswith('search') and isinstance(error, Diverged):
                 result = {'accuracy': None}  # the point loses
             if str(error) not in said:
                 complain(error)
@@ -642,6 +642,43 @@ def search(config, store):
     return best
 
 
+UNSWEPT = FREE | {'task', 'method', 'model', 'seed', 'classes', 'score_on', 'mean', 'std', 'backbone'}
+
+
+def swept(text, changes, defaults):
+    """The setting of --sweep NAME=V1,V2,... and its values."""
+    name, _, values = text.partition('=')
+    if not values:
+        raise InputError(f'--sweep takes NAME=V1,V2,..., not {text!r}')
+    if name in UNSWEPT:
+        raise InputError(f'--sweep: {name} cannot be swept; take a setting that changes how a run is trained, as N or lr')
+    if name in changes:
+        raise InputError(f'--sweep {text}: {name} is given by --set too')
+    values = [checked(name, parsed(name, value, defaults), defaults, '--sweep') for value in values.split(',')]
+    return name, list(dict.fromkeys(values))
+
+
+def point_of(name, value):
+    """The folder, below a run's, of the run in a sweep whose setting has a value."""
+    return 'sweep/' + re.sub(r'[^\w.+=-]', '_', f'{name}={value}')
+
+
+def sweep(runs, name, values, again):
+    """Run all that have a value of a setting, print their accuracies, and draw them (Figure 5). Returns the status."""
+    results, status = run_all(runs, again, searching=False)
+    found = {}
+    for result in results:
+        if result['accuracy'] is not None:
+            config = result['config']
+            key = config['task'], config['model'] + is_random(config), config['method']
+            scores = found.setdefault(key, [[] for _ in values])
+            scores[[point_of(name, value) for value in values].index(config['point'])].append(result['accuracy'])
+    if found and parts()[0] == 0:
+        mains = [folder_of(SimpleNamespace(**vars(config) | {'point': ''})) for config in runs]
+        draw_accuracies(found, name, [*map(str, values)], Path(os.path.commonpath(mains)) / f'sweep-{name}.png')
+    return status
+
+
 def columns(configs, names):
     """Tasks, and after the tasks of a group the group, as the columns of a report: names may be of both."""
     return [column for name in names for column in (*columns(configs, configs['groups'].get(name, ())), name)]
@@ -670,7 +707,8 @@ def collect(folder, tasks, models, methods, seeds):
             continue
         key = tuple(result['config'][name] for name in ('model', 'task', 'method', 'seed'))
         wanted = all(not names or name in names for name, names in zip(key, (models, tasks, methods, seeds)))
-        if wanted and result['score_on'] == 'test' and path.parent.name != AGAIN:
+        main = path.parent.name != AGAIN and not result['config'].get('point')  # and not a point of a sweep
+        if wanted and main and result['score_on'] == 'test':
             if key in results:
                 raise InputError(f'{path}: there are two results of {", ".join(map(str, key))}; move one away')
             results[key] = result
@@ -758,15 +796,15 @@ def with_noise(runs, rates, device, changes, code):
             task, result = task_of(config, folder), read_result(folder)
             scores = {f'{rate:g}': accuracy(model, task.test, config, device, rate) for rate in rates}
             write_result(folder, result | {'noise': result.get('noise', {}) | scores})
-            key = config.task, config.model + is_random(vars(config)), f'`{config.method}`'
+            key = config.task, config.model + is_random(vars(config)), config.method
             found.setdefault(key, []).append(scores.values())
         except InputError as error:
             complain(error)
             said.add(str(error))
     if found:
-        say(markdown('task', 'model', 'method', map('{:g}'.format, rates)) + '\n' + '| --- ' * (3 + len(rates)) + '|')
-    for key, scores in found.items():
-        say(markdown(*key, map(spread, zip(*scores))))
+        path = Path(os.path.commonpath(runs)) / 'noise.png'
+        found = {key: [*zip(*scores)] for key, scores in found.items()}
+        draw_accuracies(found, 'proportion of noise', [f'{rate:g}' for rate in rates], path, even=False)
     return 2 if said else 0
 
 
@@ -893,6 +931,104 @@ def caption(words, row):
     for i, text in enumerate(words):
         ImageDraw.Draw(strip).text((4 + i * (TILE + 2), 1), text, fill='black', font=ImageFont.load_default(14))
     return pil_to_tensor(strip)
+
+
+STYLES = (('#000000', ()), ('#d55e00', (24, 10)), ('#0072b2', (6, 8)), ('#e69f00', (24, 8, 6, 8)), ('#009e73', (12, 8)),
+          ('#cc79a7', (40, 12)), ('#56b4e9', (6, 16)))  # a colour, and the lengths of its strokes and gaps in turn
+
+
+def lines(path, title, x_name, y_name, curves, names=None):
+    """Draw curves, {name: [(x, mean, standard deviation), ...]}, and write them to path as PNG. An error bar is one
+    standard deviation to each side. names: what stands below 0, 1, ..., instead of round numbers."""
+    image = Image.new('RGB', (1600, 1000 + 50 * len(curves)), 'white')  # drawn twice as large, which smooths it
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(30)
+    rows = [row for curve in curves.values() for row in curve]
+    xs, ys = [x for x, _, _ in rows], [y + side * s for _, y, s in rows for side in (-1, 1)]
+    x_ticks = {i: name for i, name in enumerate(names)} if names else round_numbers(min(xs), max(xs))
+    y_ticks = round_numbers(min(ys), max(ys))
+    x_at, y_at = scale(xs + [*x_ticks], 180, 1520), scale(ys + [*y_ticks], 840, 120)
+    draw.text((850, 50), title, 'black', font, anchor='mm')
+    draw.text((850, 950), x_name, 'black', font, anchor='mm')
+    draw.text((40, 80), y_name, 'black', font, anchor='lm')
+    for x, name in x_ticks.items():
+        draw.line([(x_at(x), 840), (x_at(x), 855)], 'black', 3)
+        draw.text((x_at(x), 885), name, 'black', font, anchor='mm')
+    for y, name in y_ticks.items():
+        draw.line([(140, y_at(y)), (1560, y_at(y))], '#dddddd', 2)
+        draw.text((125, y_at(y)), name, 'black', font, anchor='rm')
+    draw.line([(140, 120), (140, 840), (1560, 840)], 'black', 3)
+    for i, (name, curve) in enumerate(curves.items()):
+        colour, dashes = STYLES[i % len(STYLES)]
+        points, y = [(x_at(x), y_at(mean)) for x, mean, _ in curve], 1005 + 50 * i
+        for (x, _), (_, mean, s) in zip(points, curve):
+            draw.line([(x, y_at(mean - s)), (x, y_at(mean + s))], colour, 3)
+        for line, sides in ((points, points if len(points) < 20 else points[-1:]), ([(180, y), (320, y)], [(250, y)])):
+            dashed(draw, line, dashes, colour)
+            for x, y_mark in sides:
+                draw.regular_polygon((x, y_mark, 12), 3 + i % 5, fill=colour)
+        draw.text((350, y), name, 'black', font, anchor='lm')
+    image.reduce(2).save(path)
+
+
+def scale(values, start, end):
+    """The function that takes the smallest of the values to the pixel `start`, and the largest to `end`."""
+    low, high = min(values), max(values)
+    return lambda x: start + (end - start) * ((x - low) / (high - low) if high > low else 0.5)
+
+
+def round_numbers(low, high):
+    """At most 7 multiples of 1, 2 or 5 times a power of 10 that enclose low to high, and how each is written."""
+    width = (high - low) or abs(high) or 1
+    power = 10.0 ** math.floor(math.log10(width / 5))
+    step = next(m * power for m in (1, 2, 5, 10) if width / (m * power) <= 5)
+    return {i * step: f'{i * step:g}' for i in range(math.floor(low / step), math.ceil(high / step) + 1)}
+
+
+def dashed(draw, points, dashes, colour):
+    """Draw the line through points, in strokes and gaps of the lengths `dashes`; without any it has no gap."""
+    done = 0.0
+    for (x, y), (x_end, y_end) in itertools.pairwise(points):
+        steps = math.ceil(math.dist((x, y), (x_end, y_end))) or 1
+        for i in range(steps):  # of about a pixel
+            place, part = done % (sum(dashes) or 1), 0
+            while dashes and place >= dashes[part]:
+                place, part = place - dashes[part], part + 1
+            if part % 2 == 0:
+                draw.line([(x + (x_end - x) * j / steps, y + (y_end - y) * j / steps) for j in (i, i + 1)], colour, 6)
+            done += 1
+
+
+def draw_accuracies(found, name, labels, path, even=True):
+    """Print accuracies by (task, model, method) as a table, and draw them with a line for each. found: of each key, the
+    accuracies of all seeds for each label. even: labels stand at even distances; otherwise each where its number is."""
+    say(markdown('task', 'model', 'method', labels) + '\n' + '| --- ' * (3 + len(labels)) + '|')
+    for (*where, method), scores in found.items():
+        say(markdown(*where, f'`{method}`', map(spread, scores)))
+    differ = [len(set(names)) > 1 for names in zip(*found)]
+    curves = {}
+    for key, scores in found.items():
+        legend = ', '.join(itertools.compress(key, differ)) or key[-1]
+        rows = [[100 * x for x in values] for values in scores]
+        curves[legend] = [(i if even else float(labels[i]), fmean(row), stdev(row) if len(row) > 1 else 0.0)
+                          for i, row in enumerate(rows) if row]
+    same = ', '.join(itertools.compress(next(iter(found)), [not x for x in differ]))
+    lines(path, same, name, 'accuracy in %, mean and standard deviation over seeds', curves, labels if even else None)
+    say(f'drawn: {path}')
+
+
+def draw_loss(folders, path):
+    """Draw the mean loss of each epoch of runs, finished or not, from their log.jsonl."""
+    curves = {}
+    for folder in folders:
+        try:
+            records = [json.loads(line) for line in (read(folder / 'log.jsonl') or b'').splitlines()]
+            curves[str(folder.relative_to(path.parent))] = [(x['epoch'], x['loss'], 0.0) for x in records]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f'{folder}/log.jsonl is damaged; the same run goes on from its checkpoint') from None
+        if not records:
+            raise InputError(f'{folder}: no epoch of such a run; train it first')
+    lines(path, str(path.parent), 'epoch', 'loss', curves)
+    say(f'drawn: {path}')
 
 
 # ---- Settings -------------------------------------------------------------------------------------------
@@ -1095,6 +1231,8 @@ def arguments(argv, defaults):
     what.add_argument('--search', action='store_true', help='search the grid on the validation images first')
     what.add_argument('--report', action='store_true', help='a table of what has been run, beside the paper')
     what.add_argument('--noise', metavar='RATES', help='test finished runs on noisy images: 0,0.1,0.2')
+    what.add_argument('--sweep', metavar='NAME=VALUES', help='the run at each value of a setting, drawn: N=1,5,10,50')
+    what.add_argument('--loss', action='store_true', help='draw the loss of runs by epoch')
     what.add_argument('--show', action='store_true', help='draw the attention of finished runs (Figure 7)')
     parser.add_argument('--run', metavar='DIR', help='with --show, --image or --noise: the folder of the run')
     parser.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend',
@@ -1151,7 +1289,17 @@ def command(args, changes, configs):
     runs = [config for task, model, seed in product(tasks_of(configs, tasks or [defaults['task']]), models or [None],
                                                     seeds or [defaults['seed']])
             for config in settings(configs, task, args.method, model, changes | {'seed': seed})]
+    if args.sweep is not None:
+        name, values = swept(args.sweep, changes, defaults)
+        runs = [SimpleNamespace(**vars(config) | {'point': point_of(name, value)})
+                for task, model, seed, value in product(tasks_of(configs, tasks or [defaults['task']]), models or [None],
+                                                        seeds or [defaults['seed']], values)
+                for config in settings(configs, task, args.method, model, changes | {'seed': seed, name: value})]
+        return sweep(runs, name, values, args.again)
     folders = [Path(args.run)] if args.run else [folder_of(config) for config in runs]
+    if args.loss:
+        draw_loss(folders, Path(os.path.commonpath(folders)) / 'loss.png')
+        return 0
     device = find_device(changes.get('device', 'auto'))
     code = {method['tune'] for method in configs['methods'].values() if 'tune' in method} | {*methods}
     if args.noise is not None:
