@@ -144,10 +144,10 @@ MUTANTS = [
     ('vanilla CDC sums the layers that follow', 'ivpt.py', 'return P.cumsum(dim=0)', 'return P.flip(0).cumsum(dim=0).flip(0)', STRUCT),
     ('vanilla CDC sums prompts of one layer', 'ivpt.py', 'return P.cumsum(dim=0)', 'return P.cumsum(dim=1)', STRUCT),
     ('vanilla CDC leaves out its own prompts', 'ivpt.py', 'return P.cumsum(dim=0)', 'return P.cumsum(dim=0) - torch.cat([0 * P[:1], P[1:]])', STRUCT),
-    ('ProVP adds the prompts of the layer before', 'ivpt.py', 'add_last(tokens, self.P[l])', 'add_last(tokens, self.P[l - 1])', STRUCT),
-    ('ProVP adds P^0 twice', 'ivpt.py', "self.structure == 'provp' and l > 0", "self.structure == 'provp'", STRUCT),
-    ('ProVP replaces what is inherited, as VPT does', 'ivpt.py', 'tokens = add_last(tokens, self.P[l])',
-     'tokens = torch.cat([tokens[:, :-self.P.shape[1]], self.P[l].expand(len(tokens), -1, -1)], dim=1)', STRUCT),
+    ('ProVP adds the prompts of the layer before', 'ivpt.py', 'add_last(tokens, P[l])', 'add_last(tokens, P[l - 1])', STRUCT),
+    ('ProVP adds P^0 twice', 'ivpt.py', 'if l > 0:', 'if True:', STRUCT),
+    ('ProVP replaces what is inherited, as VPT does', 'ivpt.py', 'lambda tokens, P, l: add_last(tokens, P[l])',
+     'lambda tokens, P, l: torch.cat([tokens[:, :-P.shape[1]], P[l].expand(len(tokens), -1, -1)], dim=1)', STRUCT),
     ('residuals are added where the class token stands', 'ivpt.py', '(0, 0, x.shape[1] - len(P), 0)', '(0, 0, 0, x.shape[1] - len(P))', STRUCT),
     ('EXPRESS adds before LayerNorm', 'ivpt.py', 'add_last(layer.norm1(tokens), self.norm1)', 'layer.norm1(add_last(tokens, self.norm1))', STRUCT),
     ('EXPRESS adds before the projection after MSA', 'ivpt.py', 'add_last(layer.attn.proj(attended), self.proj)', 'layer.attn.proj(add_last(attended, self.proj))', STRUCT),
@@ -526,6 +526,13 @@ MUTANTS = [
     ("Swin: the authors' head is not fc", 'vit.py', "'head.fc.', name)", "'head.', name)", SWIN),
     ("Swin: a file's head is not left out", 'vit.py', r'head\.(fc\.)?(weight|bias)', r'head\.(weight|bias)', SWIN),
     ('Swin: an image may be cut off', 'vit.py', 'img_size < 1 or img_size % unit', 'img_size < 1', SWIN),
+    # structures by name
+    ('a structure without a function is CDC', 'ivpt.py', 'STRUCTURES[self.structure](P)', '(STRUCTURES[self.structure] or cdc)(P)',
+     STRUCT),
+    ('an inherited structure without a function is VPT-shallow', 'ivpt.py', 'tokens = STRUCTURES[self.structure](tokens, self.P, l)',
+     'tokens = (STRUCTURES[self.structure] or STRUCTURES["vpt_shallow"])(tokens, self.P, l)', STRUCT),
+    ('a structure that the literal form does not know is CDC there', 'tests/oracle.py', 'CONNECTED[structure]',
+     "CONNECTED.get(structure, CONNECTED['cdc'])", STRUCT),
 ]
 
 
