@@ -526,6 +526,10 @@ MUTANTS = [
     ("Swin: the authors' head is not fc", 'vit.py', "'head.fc.', name)", "'head.', name)", SWIN),
     ("Swin: a file's head is not left out", 'vit.py', r'head\.(fc\.)?(weight|bias)', r'head\.(weight|bias)', SWIN),
     ('Swin: an image may be cut off', 'vit.py', 'img_size < 1 or img_size % unit', 'img_size < 1', SWIN),
+    # what decays in Table 1's systems
+    ('AdamW decays vectors', 'train.py', " or ('.py:' in config.tune and p.ndim < 2)", '', 'test_4_2_own_method'),
+    ('AdamW decays no gain of LayerNorm in fine-tuning', 'train.py', "('.py:' in config.tune and p.ndim < 2)", 'p.ndim < 2', LOOP),
+    ('SGD decays no vector', 'train.py', "config.optimizer == 'SGD' or not vector", "not vector", 'test_4_2_own_method'),
     # structures by name
     ('a structure without a function is CDC', 'ivpt.py', 'STRUCTURES[self.structure](P)', '(STRUCTURES[self.structure] or cdc)(P)',
      STRUCT),

@@ -156,6 +156,17 @@ def test_the_systems_of_table_1_are_methods_and_their_settings_are_those_that_th
         assert own and own == {key: TABLE_1[name][key] for key in own}, name
 
 
+@pytest.mark.parametrize('method, decayed', [
+    ('ssf', set()), ('spt', {'A', 'B', 'cls_token'}), ('adapter', {'W', 'U'}), ('snf', {'w', 'u'}),
+    ('gapt', {'P', 'a', 'tau'})])  # VPT's rule with SGD
+def test_adamw_decays_matrices_alone_and_sgd_all_but_the_heads_bias(method, decayed):
+    config = tiny('where_blue', method, img_size=24, weight_decay=0.1)
+    model = train.make_model(config, 9)
+    groups = train.make_optimizer(model, config).param_groups
+    found = {id(p) for group in groups if group['weight_decay'] for p in group['params']}
+    assert {name.split('.')[-1] for name, p in model.named_parameters() if id(p) in found} == decayed | {'weight'}  # the head's
+
+
 @pytest.mark.parametrize('method', TABLE_1)
 def test_a_system_of_table_1_trains_is_saved_and_is_loaded(method, tmp_path):
     result = train.run(tiny('where_blue', method, runs=str(tmp_path), img_size=24, epochs=1))
