@@ -526,7 +526,9 @@ MUTANTS = [
     ("Swin: the authors' head is not fc", 'vit.py', "'head.fc.', name)", "'head.', name)", SWIN),
     ("Swin: a file's head is not left out", 'vit.py', r'head\.(fc\.)?(weight|bias)', r'head\.(weight|bias)', SWIN),
     ('Swin: an image may be cut off', 'vit.py', 'img_size < 1 or img_size % unit', 'img_size < 1', SWIN),
-    # what decays in Table 1's systems
+    # what Table 1's systems are prepared with, and what decays in them
+    ('systems are prepared with validation pictures too', 'train.py', 'data.batches(task.train, config, device)',
+     'data.batches(task.train + task.val, config, device)', 'test_4_2_own_method'),
     ('AdamW decays vectors', 'train.py', " or ('.py:' in config.tune and p.ndim < 2)", '', 'test_4_2_own_method'),
     ('AdamW decays no gain of LayerNorm in fine-tuning', 'train.py', "('.py:' in config.tune and p.ndim < 2)", 'p.ndim < 2', LOOP),
     ('SGD decays no vector', 'train.py', "config.optimizer == 'SGD' or not vector", "not vector", 'test_4_2_own_method'),

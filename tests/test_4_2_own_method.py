@@ -94,8 +94,9 @@ def test_a_run_belongs_to_the_code_of_its_method(file, tmp_path, capfd):
         assert err.count('\n') == 1 and 'code' in err
 
 
-def test_it_goes_on_where_it_was_interrupted(file, tmp_path, monkeypatch):
-    argv = '--method', f'{file}:shift'
+@pytest.mark.parametrize('method', ['FILE:shift', 'sct', 'spt'])
+def test_it_goes_on_where_it_was_interrupted(method, file, tmp_path, monkeypatch):
+    argv = '--method', method.replace('FILE', str(file))
     assert run(tmp_path / 'whole', *argv, **SMALL) == 0
 
     def stopped(*args, whole=train.train):
@@ -165,6 +166,18 @@ def test_adamw_decays_matrices_alone_and_sgd_all_but_the_heads_bias(method, deca
     groups = train.make_optimizer(model, config).param_groups
     found = {id(p) for group in groups if group['weight_decay'] for p in group['params']}
     assert {name.split('.')[-1] for name, p in model.named_parameters() if id(p) in found} == decayed | {'weight'}  # the head's
+
+
+@pytest.mark.parametrize('score_on', ['test', 'val'])
+@pytest.mark.parametrize('method, chosen', [('sct', '.I'), ('spt', '.at')])
+def test_what_sct_and_spt_choose_is_of_the_training_pictures_alone_and_in_the_checkpoint(method, chosen, score_on, tmp_path):
+    config = tiny('where_blue', method, runs=str(tmp_path), img_size=24, epochs=1, score_on=score_on)
+    train.run(config)
+    trained = train.read_checkpoint(train.folder_of(config) / 'checkpoint-1.pth', config)['trained']
+    model = train.make_model(config, 9)
+    model.prepare(data.batches(data.load(config).train, config, torch.device('cpu')))
+    of_train = {name: x for name, x in model.state_dict().items() if name.endswith(chosen)}
+    assert of_train and all(x.equal(trained[name]) for name, x in of_train.items())
 
 
 @pytest.mark.parametrize('method', TABLE_1)
