@@ -253,7 +253,7 @@ def main():
           'rounds; ratios to the plain frozen ViT in the same format | in float32')
     print('| variant, N | format | training step | ratio | | inference | ratio | | peak memory | ratio | trained | G multiply-adds'
           ' | linear alone | Table 8 |\n' + '| --- ' * 14 + '|')
-    plain = {}
+    plain, table_8 = {}, TABLE_8 if args.model.startswith('vit_base_patch16_224') else {}
     for row in rows:
         name, precision = row['variant'], row['precision']
         row['memory'] = peak_memory(name, precision, args)
@@ -265,7 +265,7 @@ def main():
                  f'{row[f"{kind}_quartiles"][1]:.2f}) | {row[f"{kind}_to_float32_plain"]:.3f}' for kind in ('training', 'inference')]
         print(f'| {name} | {precision} | {times[0]} | {times[1]} | {row["memory"] / 2 ** 20:.0f} MiB '
               f'| {row["memory"] / plain[precision]:.3f} | {row["trained"] / 1e6:.3f}M | {row["multiply_adds"] / 1e9:.2f} '
-              f'| {row["linear_multiply_adds"] / 1e9:.2f} | {TABLE_8.get(name.split()[0], "")} |', flush=True)
+              f'| {row["linear_multiply_adds"] / 1e9:.2f} | {table_8.get(name.split()[0], "")} |', flush=True)
     if args.json:
         args.json.write_text(json.dumps({'settings': vars(args) | {'json': str(args.json), 'device_name': device},
                                          'rows': rows}, indent=1))

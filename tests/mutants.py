@@ -532,6 +532,7 @@ MUTANTS = [
     ('AdamW decays vectors', 'train.py', " or ('.py:' in config.tune and p.ndim < 2)", '', 'test_4_2_own_method'),
     ('AdamW decays no gain of LayerNorm in fine-tuning', 'train.py', "('.py:' in config.tune and p.ndim < 2)", 'p.ndim < 2', LOOP),
     ('SGD decays no vector', 'train.py', "config.optimizer == 'SGD' or not vector", "not vector", 'test_4_2_own_method'),
+    ("Swin: Table 1's systems are taken", TABLE_1, 'if isinstance(vit, Swin)', 'if False', SWIN),
     # structures by name
     ('a structure without a function is CDC', 'ivpt.py', 'STRUCTURES[self.structure](P)', '(STRUCTURES[self.structure] or cdc)(P)',
      STRUCT),
