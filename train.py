@@ -937,6 +937,10 @@ def colours(x):
     return len(x) == 3 and all(type(c) in (int, float) and abs(c) < 1e6 for c in x)
 
 
+def palette(x):
+    return x and len(set(x)) == len(x) and set(x) <= set(data.COLOURS)
+
+
 def grid(x):
     return x and all(type(values) is list and values for values in x.values())
 
@@ -953,7 +957,7 @@ RULES = {
     'epochs': between(1, 10 ** 6), 'batch': between(1, 10 ** 6), 'workers': COUNT,
     'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
-    'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4), 'n_shapes': between(1, 6),
+    'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4), 'look': one_of(*data.LOOKS),
     'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
     'paper_backbone_params': between(0, 1e6),
     'tune': (lambda x: x in TUNES or '.py:' in x, f'is one of {", ".join(TUNES)}, FILE.py:NAME'),
@@ -964,6 +968,7 @@ RULES = {
     'torchvision': one_of('', *data.TORCHVISION), 'aggregation': ANY, 'device': TEXT, 'task': TEXT,
     'precision': one_of('auto', 'float32', 'bfloat16', 'float16'), 'method': TEXT,
     'model': TEXT, 'data': FOLDER, 'runs': FOLDER, 'weights': TEXT, 'dir': TEXT, 'images': TEXT, 'ask': TEXT,
+    'colours': (palette, f'is some of {", ".join(data.COLOURS)}'),
     'mean': (colours, 'is three numbers, one a colour'),
     'std': (lambda x: colours(x) and min(x) > 0, 'is three numbers, one a colour, above 0'),
     'grid': (grid, 'is a list of values for each setting')}

@@ -75,7 +75,7 @@ def test_what_it_trains_is_trained_saved_and_loaded_and_its_own_buffers_with_it(
     assert set(params) == {'b', 'seen', 'head.weight', 'head.bias'} and params['b'].ne(0).all()
     assert params['seen'] == 40  # the pictures that are trained on, without those of validation
     result = json.loads((folder / 'result.json').read_text())
-    assert result['trained_parameters'] == 96 + 97 * 9
+    assert result['trained_parameters'] == 64 + 65 * 9
     config, _, model = train.open_run(folder, torch.device('cpu'), code=[f'{file}:shift'])
     assert train.accuracy(model, data.load(config).test, config, torch.device('cpu')) == result['accuracy']
     for action in ['--report'], ['--noise', '0', '--method', f'{file}:shift'], ['--show', '--method', f'{file}:shift']:

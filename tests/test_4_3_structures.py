@@ -328,7 +328,7 @@ def test_of_the_biases_those_of_keys_are_tuned_in_vain(case):
 
 
 # A nano ViT at 24 pixels and where_blue: 9 image tokens, 9 classes.
-D, L, M, N, k, LINEAR = 96, 6, 9, 5, 4, (96 + 1) * 9
+D, L, M, N, k, LINEAR = 64, 6, 9, 5, 4, (64 + 1) * 9
 COUNTS = {
     'full': (3 * 8 * 8 + 1) * D + D + (1 + M) * D + L * (12 * D * D + 13 * D) + 2 * D + LINEAR,
     'linear': LINEAR,

@@ -544,7 +544,7 @@ def pretrained():
     """A small Swin that has been trained from scratch for a moment."""
     torch.manual_seed(0)
     model = vit.build(SMALL, num_classes=9)
-    first, last = losses(model, 3e-3, 'frame', n=640)
+    first, last = losses(model, 3e-3, 'where_blue', n=640)
     assert last < first
     return {name: x for name, x in model.state_dict().items() if not name.startswith('head.')}
 
@@ -554,7 +554,7 @@ def test_prompts_on_a_small_swin_learn_some_pictures_of_shapes_while_it_stays_as
     backbone = vit.build(SMALL)
     backbone.load_state_dict(pretrained)
     torch.manual_seed(1)
-    first, last = losses(IVPTSwin(backbone, 9, N=10, k=4, **METHODS[method]), 0.03, 'blue', n=32)
+    first, last = losses(IVPTSwin(backbone, 9, N=10, k=4, **METHODS[method]), 0.03, 'where_red', n=32)
     assert last < 0.9 * first
     assert all(torch.equal(x, pretrained[name]) for name, x in backbone.state_dict().items())
 
