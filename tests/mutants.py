@@ -459,7 +459,7 @@ MUTANTS = [
     ('the edge of the grid is not said', 'train.py', 'in (min(values), max(values))', 'in ()', SWEEPS),
     ('gamma decays', 'train.py', " or name.startswith('gamma')", '', LOOP),
     ("the head's bias decays", 'train.py', "name in ('head.bias', 'head.fc.bias') or ", '', LOOP),
-    ('biases decay with AdamW', 'train.py', "config.optimizer == 'SGD' or not name.endswith('bias')", 'True', LOOP),
+    ('biases decay with AdamW', 'train.py', "config.optimizer == 'SGD' or not vector", 'True', LOOP),
     ('a run that learned nothing says nothing', 'train.py', 'if loss > guess', 'if False', LOOP),
     ('--again deletes the old run at once', 'train.py', 'place = folder / AGAIN if again and folder.exists() else folder', 'place = folder; again and start_over(folder)', LOOP),
     ('--again never goes on', 'train.py', "if folder.name == AGAIN and differences(newest['config'], vars(config))", 'if folder.name == AGAIN', LOOP),
