@@ -130,7 +130,7 @@ class Express(nn.Module):
 
 # ---- The model ------------------------------------------------------------------------------------------
 
-STRUCTURES = {  # in the order of Figure 3. P -> P̂ [L, N, D]; of the inherited: tokens, P, l -> those that enter layer l
+STRUCTURES = {  # in the order of Figure 3. P -> P̂ [L, N, D]; if inherited: tokens, P, l -> those that enter layer l
     'vpt_shallow': lambda tokens, P, l: tokens, 'vpt': lambda P: P,
     'provp': lambda tokens, P, l: add_last(tokens, P[l]), 'express': lambda tokens, P, l: tokens,
     'vanilla_cdc': vanilla_cdc, 'cdc': cdc}

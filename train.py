@@ -120,7 +120,7 @@ def make_optimizer(model, config):
 
 def decays(name, p, config):
     """Whether weight decay pulls a parameter to 0. As in VPT's code it leaves the head's bias alone, and with AdamW
-    every bias; of a method in a file AdamW leaves alone all vectors, timm's rule, with which SSF and SPT were published.
+    every bias; of a method in a file AdamW leaves alone all vectors: timm's rule, that of the published SSF and SPT.
     γ is left alone too: it starts as the identity, and decay would take CDC's connection away."""
     if name in ('head.bias', 'head.fc.bias') or name.startswith('gamma'):
         return False

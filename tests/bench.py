@@ -264,8 +264,8 @@ def main():
         times = [f'{row[f"{kind}_seconds"]:.3f} s | {row[kind]:.3f} ({row[f"{kind}_quartiles"][0]:.2f}-'
                  f'{row[f"{kind}_quartiles"][1]:.2f}) | {row[f"{kind}_to_float32_plain"]:.3f}' for kind in ('training', 'inference')]
         print(f'| {name} | {precision} | {times[0]} | {times[1]} | {row["memory"] / 2 ** 20:.0f} MiB '
-              f'| {row["memory"] / plain[precision]:.3f} | {row["trained"] / 1e6:.3f}M | {row["multiply_adds"] / 1e9:.2f} '
-              f'| {row["linear_multiply_adds"] / 1e9:.2f} | {table_8.get(name.split()[0], "")} |', flush=True)
+              f'| {row["memory"] / plain[precision]:.3f} | {row["trained"] / 1e6:.3f}M '
+              f'| {row["multiply_adds"] / 1e9:.2f} | {row["linear_multiply_adds"] / 1e9:.2f} | {table_8.get(name.split()[0], "")} |', flush=True)
     if args.json:
         args.json.write_text(json.dumps({'settings': vars(args) | {'json': str(args.json), 'device_name': device},
                                          'rows': rows}, indent=1))

@@ -151,7 +151,8 @@ TABLE_1 = {name: CONFIGS['methods'][name] for name in SETTINGS}
 
 
 def test_the_systems_of_table_1_are_methods_and_their_settings_are_those_that_they_are_tested_with():
-    assert {method['tune'] for method in TABLE_1.values()} == {f'tests/table_1.py:{name}' for name in {*SETTINGS} - {'adapter_vpt'}}
+    functions = {*SETTINGS} - {'adapter_vpt'}
+    assert {method['tune'] for method in TABLE_1.values()} == {f'tests/table_1.py:{name}' for name in functions}
     for name, settings in SETTINGS.items():
         own = {key: value for key, value in settings.items() if key in TABLE_1[name]}
         assert own and own == {key: TABLE_1[name][key] for key in own}, name
@@ -165,12 +166,13 @@ def test_adamw_decays_matrices_alone_and_sgd_all_but_the_heads_bias(method, deca
     model = train.make_model(config, 9)
     groups = train.make_optimizer(model, config).param_groups
     found = {id(p) for group in groups if group['weight_decay'] for p in group['params']}
-    assert {name.split('.')[-1] for name, p in model.named_parameters() if id(p) in found} == decayed | {'weight'}  # the head's
+    names = {name.split('.')[-1] for name, p in model.named_parameters() if id(p) in found}
+    assert names == decayed | {'weight'}  # the head's
 
 
 @pytest.mark.parametrize('score_on', ['test', 'val'])
 @pytest.mark.parametrize('method, chosen', [('sct', '.I'), ('spt', '.at')])
-def test_what_sct_and_spt_choose_is_of_the_training_pictures_alone_and_in_the_checkpoint(method, chosen, score_on, tmp_path):
+def test_sct_and_spt_choose_by_the_training_pictures_alone_and_keep_it_in_the_checkpoint(method, chosen, score_on, tmp_path):
     config = tiny('where_blue', method, runs=str(tmp_path), img_size=24, epochs=1, score_on=score_on)
     train.run(config)
     trained = train.read_checkpoint(train.folder_of(config) / 'checkpoint-1.pth', config)['trained']

@@ -572,7 +572,8 @@ def test_a_run_on_a_swin_is_shown_with_a_map_for_each_layer_of_each_stage(tmp_pa
 
 
 @pytest.mark.parametrize('method, said', [
-    ('vpt_shallow', "'vpt_shallow' inherits prompts"), ('provp', "'provp' inherits prompts"), ('express', "'express' inherits prompts"),
+    ('vpt_shallow', "'vpt_shallow' inherits prompts"), ('provp', "'provp' inherits prompts"),
+    ('express', "'express' inherits prompts"),
     ('lora', 'tests/table_1.py:lora.*plain ViT.*Swin'), ('gapt', 'tests/table_1.py:gapt.*plain ViT.*Swin')])
 def test_what_cannot_be_on_a_swin_is_refused_in_one_line_by_the_command_line(method, said, tmp_path, capfd):
     assert run(tmp_path, '--model', SMALL, '--method', method) == 2

@@ -13,8 +13,10 @@ import bench
 @pytest.mark.parametrize('argv, said', [
     (['--model', 'vit_nano_patch8_16', '--batch', '2', '--k', '2', '--prompts', '3', '--rounds', '1',
       '--precision', 'float32,auto,bfloat16'], '| iVPT 3 | bfloat16 |'),
-    (['--model', 'swin_nano_patch4_window3_48', '--batch', '2', '--k', '2', '--prompts', '3', '--rounds', '1'], '| iVPT 3 | float32 |'),
-    (['--model', 'vit_nano_patch8_16', '--batch', '2', '--rounds', '1', '--variants', ','.join(SETTINGS)], '| gapt | float32 |'),
+    (['--model', 'swin_nano_patch4_window3_48', '--batch', '2', '--k', '2', '--prompts', '3', '--rounds', '1'],
+     '| iVPT 3 | float32 |'),
+    (['--model', 'vit_nano_patch8_16', '--batch', '2', '--rounds', '1', '--variants', ','.join(SETTINGS)],
+     '| gapt | float32 |'),
     (['--loop', 'where_blue', '--rounds', '1', '--set', 'n_train=30', 'n_val=10', 'n_test=10', 'batch=8'], 'images/s in the loop'),
 ])
 def test_the_bench_runs(argv, said, monkeypatch, capsys):
