@@ -5,6 +5,7 @@
     python train.py --task pets --method vpt --set lr=0.5 epochs=20
     python train.py --task natural --method vpt,ivpt --seed 0,1,2 --search      a sweep: search, train, test
     python train.py --report --task natural         what has been run, beside the paper's tables
+    python train.py --sweep N=1,5,10,50             a run at each value, drawn (Figure 5)
     python train.py --show --method vpt,ivpt        draw where their class tokens look
     python train.py --task pets --image cat.jpg     what a trained run takes a photo for
 
@@ -32,6 +33,7 @@ import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from itertools import product, takewhile
 from pathlib import Path
 from statistics import fmean, stdev
@@ -644,40 +646,34 @@ def search(config, store):
     return best
 
 
-UNSWEPT = FREE | {'task', 'method', 'model', 'seed', 'classes', 'score_on', 'mean', 'std', 'backbone'}
-
-
 def swept(text, changes, defaults):
-    """The setting of --sweep NAME=V1,V2,... and its values."""
+    """The settings of each point of --sweep NAME=V1,V2,...; one without settings if there is no --sweep."""
+    if text is None:
+        return [{}]
     name, _, values = text.partition('=')
-    if not values:
-        raise InputError(f'--sweep takes NAME=V1,V2,..., not {text!r}')
-    if name in UNSWEPT:
-        raise InputError(f'--sweep: {name} cannot be swept; take a setting that changes how a run is trained, as N or lr')
+    if name in FREE | {'task', 'method', 'model', 'seed'}:
+        raise InputError(f'--sweep {text}: {name} changes no number of a run, or names it; take another, as N or lr')
     if name in changes:
-        raise InputError(f'--sweep {text}: {name} is given by --set too')
-    values = [checked(name, parsed(name, value, defaults), defaults, '--sweep') for value in values.split(',')]
-    return name, list(dict.fromkeys(values))
+        raise InputError(f'--sweep {text}: {name} is given by --set too; leave one of the two out')
+    if not all(re.fullmatch(r'[\w.+-]+', value) for value in values.split(',')):  # they are names of folders
+        raise InputError(f'--sweep takes NAME=V1,V2,... with numbers or words, not {text!r}')
+    return [{name: value} for value in dict.fromkeys(parsed(name, value, defaults) for value in values.split(','))]
 
 
-def point_of(name, value):
-    """The folder, below a run's, of the run in a sweep whose setting has a value."""
-    return 'sweep/' + re.sub(r'[^\w.+=-]', '_', f'{name}={value}')
-
-
-def sweep(runs, name, values, again):
-    """Run all that have a value of a setting, print their accuracies, and draw them (Figure 5). Returns the status."""
-    results, status = run_all(runs, again, searching=False)
-    found = {}
+def sweep(runs, name, again):
+    """Train and test runs that differ in a setting, each in a folder below the run's, and draw their accuracies
+    (Figure 5). Returns the exit status."""
+    path = Path(os.path.commonpath(map(folder_of, runs))) / f'sweep-{name}.png'
+    for config in runs:
+        config.point = f'sweep/{name}={getattr(config, name)}'
+    runs = list({folder_of(config): config for config in runs}.values())  # a task may be in two groups
+    (results, status), found = run_all(runs, again, searching=False), {}
+    places = {point: x for x, point in enumerate(dict.fromkeys(config.point for config in runs))}
     for result in results:
-        if result['accuracy'] is not None:
-            config = result['config']
-            key = config['task'], config['model'] + is_random(config), config['method']
-            scores = found.setdefault(key, [[] for _ in values])
-            scores[[point_of(name, value) for value in values].index(config['point'])].append(result['accuracy'])
-    if found and parts()[0] == 0:
-        mains = [folder_of(SimpleNamespace(**vars(config) | {'point': ''})) for config in runs]
-        draw_accuracies(found, name, [*map(str, values)], Path(os.path.commonpath(mains)) / f'sweep-{name}.png')
+        scores = found.setdefault(curve_of(SimpleNamespace(**result['config'])), {x: [] for x in places.values()})
+        scores[places[result['config']['point']]].append(result['accuracy'])
+    if found:
+        draw_accuracies(path, name, {x: point.partition('=')[2] for point, x in places.items()}, found)
     return status
 
 
@@ -798,15 +794,14 @@ def with_noise(runs, rates, device, changes, code):
             task, result = task_of(config, folder), read_result(folder)
             scores = {f'{rate:g}': accuracy(model, task.test, config, device, rate) for rate in rates}
             write_result(folder, result | {'noise': result.get('noise', {}) | scores})
-            key = config.task, config.model + is_random(vars(config)), config.method
-            found.setdefault(key, []).append(scores.values())
+            for rate, score in zip(rates, scores.values()):
+                found.setdefault(curve_of(config), {rate: [] for rate in rates})[rate].append(score)
         except InputError as error:
             complain(error)
             said.add(str(error))
     if found:
         path = Path(os.path.commonpath(runs)) / 'noise.png'
-        found = {key: [*zip(*scores)] for key, scores in found.items()}
-        draw_accuracies(found, 'proportion of noise', [f'{rate:g}' for rate in rates], path, even=False)
+        draw_accuracies(path, 'proportion of noise', {rate: f'{rate:g}' for rate in rates}, found)
     return 2 if said else 0
 
 
@@ -935,40 +930,40 @@ def caption(words, row):
     return pil_to_tensor(strip)
 
 
-STYLES = (('#000000', ()), ('#d55e00', (24, 10)), ('#0072b2', (6, 8)), ('#e69f00', (24, 8, 6, 8)), ('#009e73', (12, 8)),
-          ('#cc79a7', (40, 12)), ('#56b4e9', (6, 16)))  # a colour, and the lengths of its strokes and gaps in turn
+COLOURS = '#000000', '#d55e00', '#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9'
 
 
-def lines(path, title, x_name, y_name, curves, names=None):
-    """Draw curves, {name: [(x, mean, standard deviation), ...]}, and write them to path as PNG. An error bar is one
-    standard deviation to each side. names: what stands below 0, 1, ..., instead of round numbers."""
-    image = Image.new('RGB', (1600, 1000 + 50 * len(curves)), 'white')  # drawn twice as large, which smooths it
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(30)
+def lines(path, x_name, y_name, x_ticks, curves):
+    """Draw curves, {(task, model, method, ...): [(x, mean, standard deviation), ...]}, and write them to path as PNG.
+    x_ticks: {x: what is written below it}. What all have in common, task or model, is the title."""
+    image = Image.new('RGB', (1600, 1000 + 50 * len(curves)), 'white')  # twice as large as the file: smooth lines
+    draw = ImageDraw.Draw(image)
+    text = partial(draw.text, fill='black', font=ImageFont.load_default(30))
     rows = [row for curve in curves.values() for row in curve]
-    xs, ys = [x for x, _, _ in rows], [y + side * s for _, y, s in rows for side in (-1, 1)]
-    x_ticks = {i: name for i, name in enumerate(names)} if names else round_numbers(min(xs), max(xs))
-    y_ticks = round_numbers(min(ys), max(ys))
-    x_at, y_at = scale(xs + [*x_ticks], 180, 1520), scale(ys + [*y_ticks], 840, 120)
-    draw.text((850, 50), title, 'black', font, anchor='mm')
-    draw.text((850, 950), x_name, 'black', font, anchor='mm')
-    draw.text((40, 80), y_name, 'black', font, anchor='lm')
+    y_ticks = round_numbers(min(mean - s for _, mean, s in rows), max(mean + s for _, mean, s in rows))
+    x_at, y_at = scale(x_ticks, 200, 1500), scale(y_ticks, 850, 150)
+    common = [i < 2 and len(set(names)) == 1 for i, names in enumerate(zip(*curves))]
+    text((850, 40), ', '.join(itertools.compress([*curves][0], common)), anchor='mm')
+    text((140, 110), y_name, anchor='lm')
+    text((850, 950), x_name, anchor='mm')
     for x, name in x_ticks.items():
-        draw.line([(x_at(x), 840), (x_at(x), 855)], 'black', 3)
-        draw.text((x_at(x), 885), name, 'black', font, anchor='mm')
+        draw.line([(x_at(x), 850), (x_at(x), 865)], 'black', 3)
+        text((x_at(x), 895), name, anchor='mm')
     for y, name in y_ticks.items():
         draw.line([(140, y_at(y)), (1560, y_at(y))], '#dddddd', 2)
-        draw.text((125, y_at(y)), name, 'black', font, anchor='rm')
-    draw.line([(140, 120), (140, 840), (1560, 840)], 'black', 3)
-    for i, (name, curve) in enumerate(curves.items()):
-        colour, dashes = STYLES[i % len(STYLES)]
-        points, y = [(x_at(x), y_at(mean)) for x, mean, _ in curve], 1005 + 50 * i
+        text((125, y_at(y)), name, anchor='rm')
+    draw.line([(140, 150), (140, 850), (1560, 850)], 'black', 3)
+    for i, (key, curve) in enumerate(curves.items()):
+        colour, below = COLOURS[i % len(COLOURS)], 1000 + 50 * i
+        aside = 10 * (i - (len(curves) - 1) / 2) if any(s for *_, s in rows) else 0  # so that no bar hides another
+        points = [(x_at(x) + aside, y_at(mean)) for x, mean, _ in curve]
         for (x, _), (_, mean, s) in zip(points, curve):
             draw.line([(x, y_at(mean - s)), (x, y_at(mean + s))], colour, 3)
-        for line, sides in ((points, points if len(points) < 20 else points[-1:]), ([(180, y), (320, y)], [(250, y)])):
-            dashed(draw, line, dashes, colour)
-            for x, y_mark in sides:
-                draw.regular_polygon((x, y_mark, 12), 3 + i % 5, fill=colour)
-        draw.text((350, y), name, 'black', font, anchor='lm')
+        for line in points, [(180, below), (250, below), (320, below)]:
+            draw.line(line, colour, 5)
+            for x, y in line[::1 + len(line) // 20]:
+                draw.regular_polygon((x, y, 13), (30, 4, 3)[i % 3], 0, (colour, 'white')[i // 3 % 2], colour, 4)
+        text((350, below), ', '.join(itertools.compress(key, [not x for x in common])), anchor='lm')
     image.reduce(2).save(path)
 
 
@@ -983,54 +978,44 @@ def round_numbers(low, high):
     width = (high - low) or abs(high) or 1
     power = 10.0 ** math.floor(math.log10(width / 5))
     step = next(m * power for m in (1, 2, 5, 10) if width / (m * power) <= 5)
-    return {i * step: f'{i * step:g}' for i in range(math.floor(low / step), math.ceil(high / step) + 1)}
+    return {i * step: f'{i * step:.10g}' for i in range(math.floor(low / step), math.ceil(high / step) + 1)}
 
 
-def dashed(draw, points, dashes, colour):
-    """Draw the line through points, in strokes and gaps of the lengths `dashes`; without any it has no gap."""
-    done = 0.0
-    for (x, y), (x_end, y_end) in itertools.pairwise(points):
-        steps = math.ceil(math.dist((x, y), (x_end, y_end))) or 1
-        for i in range(steps):  # of about a pixel
-            place, part = done % (sum(dashes) or 1), 0
-            while dashes and place >= dashes[part]:
-                place, part = place - dashes[part], part + 1
-            if part % 2 == 0:
-                draw.line([(x + (x_end - x) * j / steps, y + (y_end - y) * j / steps) for j in (i, i + 1)], colour, 6)
-            done += 1
+def curve_of(config):
+    """What tells a curve from the others in a picture of accuracies: all seeds of a run are one."""
+    return config.task, config.model + is_random(vars(config)), config.method
 
 
-def draw_accuracies(found, name, labels, path, even=True):
-    """Print accuracies by (task, model, method) as a table, and draw them with a line for each. found: of each key, the
-    accuracies of all seeds for each label. even: labels stand at even distances; otherwise each where its number is."""
-    say(markdown('task', 'model', 'method', labels) + '\n' + '| --- ' * (3 + len(labels)) + '|')
-    for (*where, method), scores in found.items():
-        say(markdown(*where, f'`{method}`', map(spread, scores)))
-    differ = [len(set(names)) > 1 for names in zip(*found)]
+def draw_accuracies(path, name, ticks, found):
+    """Print accuracies as a table and draw them. ticks: {x: its text}; found: {curve: {x: accuracies of all seeds}}."""
+    say(markdown('task', 'model', 'method', ticks.values()) + '\n' + '| --- ' * (3 + len(ticks)) + '|')
     curves = {}
-    for key, scores in found.items():
-        legend = ', '.join(itertools.compress(key, differ)) or key[-1]
-        rows = [[100 * x for x in values] for values in scores]
-        curves[legend] = [(i if even else float(labels[i]), fmean(row), stdev(row) if len(row) > 1 else 0.0)
-                          for i, row in enumerate(rows) if row]
-    same = ', '.join(itertools.compress(next(iter(found)), [not x for x in differ]))
-    lines(path, same, name, 'accuracy in %, mean and standard deviation over seeds', curves, labels if even else None)
+    for (task, model, method), scores in found.items():
+        say(markdown(task, model, f'`{method}`', map(spread, scores.values())))
+        percent = [(x, [100 * score for score in row]) for x, row in scores.items() if row]
+        curves[task, model, method] = [(x, fmean(row), stdev(row) if len(row) > 1 else 0.0) for x, row in percent]
+    lines(path, name, 'accuracy in %, mean and standard deviation over seeds', ticks, curves)
     say(f'drawn: {path}')
 
 
-def draw_loss(folders, path):
-    """Draw the mean loss of each epoch of runs, finished or not, from their log.jsonl."""
-    curves = {}
-    for folder in folders:
-        try:
-            records = [json.loads(line) for line in (read(folder / 'log.jsonl') or b'').splitlines()]
-            curves[str(folder.relative_to(path.parent))] = [(x['epoch'], x['loss'], 0.0) for x in records]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f'{folder}/log.jsonl is damaged; the same run goes on from its checkpoint') from None
-        if not records:
-            raise InputError(f'{folder}: no epoch of such a run; train it first')
-    lines(path, str(path.parent), 'epoch', 'loss', curves)
+def draw_loss(runs, path):
+    """Draw the mean loss of each epoch of runs, finished or not."""
+    curves = {(*curve_of(config), f'seed {config.seed}'): losses(folder_of(config)) for config in runs}
+    epochs = round_numbers(1, max(epoch for curve in curves.values() for epoch, *_ in curve))
+    lines(path, 'epoch', 'loss', {x: name for x, name in epochs.items() if '.' not in name}, curves)
     say(f'drawn: {path}')
+
+
+def losses(folder):
+    """The (epoch, mean loss, 0) in a run's log.jsonl. Raises InputError if there is none, or not that in it."""
+    if not (content := read(folder / 'log.jsonl')):
+        raise InputError(f'{folder}: no epoch of such a run; train it first')
+    with suppress(ValueError, KeyError, TypeError):
+        records = map(json.loads, content.splitlines())
+        found = [(record['epoch'], record['loss'], 0.0) for record in records]
+        if all(math.isfinite(epoch + loss) for epoch, loss, _ in found):
+            return found
+    raise InputError(f'{folder}/log.jsonl is damaged; --again runs it again')
 
 
 # ---- Settings -------------------------------------------------------------------------------------------
@@ -1237,8 +1222,8 @@ def arguments(argv, defaults):
     what.add_argument('--loss', action='store_true', help='draw the loss of runs by epoch')
     what.add_argument('--show', action='store_true', help='draw the attention of finished runs (Figure 7)')
     parser.add_argument('--run', metavar='DIR', help='with --show, --image or --noise: the folder of the run')
-    parser.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend',
-                        help='classify these images by a finished run, and draw its attention')
+    what.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend',
+                      help='classify these images by a finished run, and draw its attention')
     parser.add_argument('--again', action='store_true', help='make anew what is finished or was interrupted')
     args, unknown = parser.parse_known_args(argv)
     for option in unknown:
@@ -1246,9 +1231,7 @@ def arguments(argv, defaults):
         known = ['--task', '--method', '--model', '--seed', '--weights', '--data', '--set', '--help']
         advice = f': write --set {name}=VALUE' if name in defaults else nearest(option, known)
         raise InputError(f'there is no option {option}{advice}')
-    if args.run and not (args.show or args.image or args.noise is not None):
-        raise InputError(f'--run {args.run} is for --show, --image and --noise; a run to train is named by --task, '
-                         '--method, --model and --seed')
+    refuse_idle(args)
     given = [change.partition('=') for change in args.set]
     given += [(name, '=', getattr(args, name)) for name in ('weights', 'data') if getattr(args, name) is not None]
     for name, equals, value in given:
@@ -1260,6 +1243,16 @@ def arguments(argv, defaults):
     if 'data' in changes and not os.path.isdir(changes['data']):
         raise InputError(f'{changes["data"]}: there is no such folder of data sets; make it to download them there')
     return args, changes
+
+
+def refuse_idle(args):
+    """Raise InputError for an option that would do nothing beside the others."""
+    reads = args.show or args.image or args.noise is not None
+    if args.run and not reads:
+        raise InputError(f'--run {args.run} is for --show, --image and --noise; a run to train is named by --task, '
+                         '--method, --model and --seed')
+    if args.again and (reads or args.report or args.loss):
+        raise InputError('--again is for runs to train; this trains none')
 
 
 def main(argv=None):
@@ -1288,19 +1281,14 @@ def command(args, changes, configs):
             model_entry(configs, name)
         folder = Path(checked('runs', changes.get('runs', defaults['runs']), defaults, '--set'))
         return report(configs, folder, tasks, models, methods, seeds)
-    runs = [config for task, model, seed in product(tasks_of(configs, tasks or [defaults['task']]), models or [None],
-                                                    seeds or [defaults['seed']])
-            for config in settings(configs, task, args.method, model, changes | {'seed': seed})]
+    points, tasks = swept(args.sweep, changes, defaults), tasks_of(configs, tasks or [defaults['task']])
+    runs = [config for task, model, seed, point in product(tasks, models or [None], seeds or [defaults['seed']], points)
+            for config in settings(configs, task, args.method, model, changes | {'seed': seed} | point)]
     if args.sweep is not None:
-        name, values = swept(args.sweep, changes, defaults)
-        runs = [SimpleNamespace(**vars(config) | {'point': point_of(name, value)})
-                for task, model, seed, value in product(tasks_of(configs, tasks or [defaults['task']]), models or [None],
-                                                        seeds or [defaults['seed']], values)
-                for config in settings(configs, task, args.method, model, changes | {'seed': seed, name: value})]
-        return sweep(runs, name, values, args.again)
-    folders = [Path(args.run)] if args.run else [folder_of(config) for config in runs]
+        return sweep(runs, *points[0], args.again)
+    folders = [Path(args.run)] if args.run else list(dict.fromkeys(map(folder_of, runs)))
     if args.loss:
-        draw_loss(folders, Path(os.path.commonpath(folders)) / 'loss.png')
+        draw_loss(runs, Path(os.path.commonpath(folders)) / 'loss.png')
         return 0
     device = find_device(changes.get('device', 'auto'))
     code = {method['tune'] for method in configs['methods'].values() if 'tune' in method} | {*methods}
