@@ -955,7 +955,7 @@ def lines(path, x_name, y_name, x_ticks, curves):
     draw.line([(140, 150), (140, 850), (1560, 850)], 'black', 3)
     for i, (key, curve) in enumerate(curves.items()):
         colour, below = COLOURS[i % len(COLOURS)], 1000 + 50 * i
-        aside = 10 * (i - (len(curves) - 1) / 2) if any(s for *_, s in rows) else 0  # so that no bar hides another
+        aside = 14 * (i - (len(curves) - 1) / 2) if any(s for *_, s in rows) else 0  # so that no bar hides another
         points = [(x_at(x) + aside, y_at(mean)) for x, mean, _ in curve]
         for (x, _), (_, mean, s) in zip(points, curve):
             draw.line([(x, y_at(mean - s)), (x, y_at(mean + s))], colour, 3)
