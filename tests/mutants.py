@@ -88,6 +88,8 @@ MUTANTS = [
      'return attention_weight(q, W_K, p), gamma * attention_weight(q, W_K, p_previous).unsqueeze(-2)', ALPHA),
     # 3.3 and 3.4, seen from the optimiser
     ('optimiser: CDC is a mean of two layers', 'ivpt.py', 'P[1:] + P[:-1]])', '(P[1:] + P[:-1]) / 2])', OPTIMISER),
+    ('optimiser: the gradient is multiplied by A alone', 'tests/multiplied.py', '(A @ A.T)', 'A', OPTIMISER),
+    ('optimiser: the multiplied run starts as VPT', 'tests/multiplied.py', 'model.P.copy_(cdc(model.P))', 'model.P.copy_(model.P)', OPTIMISER),
     ('optimiser: CDC subtracts', 'ivpt.py', 'P[1:] + P[:-1]])', 'P[1:] - P[:-1]])', OPTIMISER),
     ('optimiser: CDC learns from its own layer alone', 'ivpt.py', 'P[1:] + P[:-1]])', 'P[1:] + P[:-1].detach()])', OPTIMISER),
     ('optimiser: vanilla CDC learns from its own layer alone', 'ivpt.py', 'return P.cumsum(dim=0)',
