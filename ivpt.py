@@ -246,7 +246,9 @@ class IVPT(nn.Module):
             if self.P_re is not None:
                 Omega = self.choose(w[:, 1:1 + self.M])  # among the image tokens
                 tokens = reinforce_(tokens, 1 + Omega, self.P_re[l])  # Eq. 15, z_cls stands at 0
-        return self.head(self.vit.read(self.vit.last(tokens, P_hat[-1])))  # Eq. 3
+        z_cls_alone = self.vit.readout == 'cls'
+        tokens, _ = self.vit.blocks[-1](tokens, P_hat[-1], need_weights=False, one_query=z_cls_alone)  # Eq. 3
+        return self.head(self.vit.read(tokens))
 
     def inherit(self, images):
         """The last layer's tokens, for `ViT.read`, where prompts are inherited: P̂ are the last N tokens,
@@ -258,10 +260,9 @@ class IVPT(nn.Module):
                 tokens = STRUCTURES[self.structure](tokens, self.P, l)
             if self.express is not None:
                 tokens, _ = self.express[l](layer, tokens, need_weights=False)
-            elif l + 1 < len(self.vit.blocks):
-                tokens, _ = layer(tokens, need_weights=False)
             else:
-                tokens = self.vit.last(tokens)
+                z_cls_alone = self.vit.readout == 'cls' and l + 1 == self.vit.L
+                tokens, _ = layer(tokens, need_weights=False, one_query=z_cls_alone)
         return tokens
 
 
@@ -325,7 +326,7 @@ def look(model, images):
     swin = isinstance(vit, Swin)
 
     def ask(layer, inputs, options):
-        return inputs, {'need_weights': True}
+        return inputs, options | {'need_weights': True}
 
     def hook(layer, inputs, outputs):
         rows.append(outputs[1] if swin else outputs[1][:, 1:1 + vit.M])
