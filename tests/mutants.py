@@ -402,7 +402,7 @@ MUTANTS = [
     ('a picture: an accuracy of a sweep stands at the first value', 'train.py', "scores[places[result['config']['point']]]", 'scores[0]', SWEEPS),
     ('a picture: every value of a sweep has the main folder', 'train.py', "config.point = f'sweep/", "config.point = ''; f'sweep/", SWEEPS),
     ('a picture: a report takes points of sweeps', 'train.py', " and not result['config'].get('point')", '', SWEEPS),
-    ('a picture: a task that is named twice counts twice', 'train.py', 'runs = list({folder_of(config): config for config in runs}.values())',
+    ('a picture: a value that is given twice counts twice', 'train.py', 'runs = list({folder_of(config): config for config in runs}.values())',
      'runs = list(runs)', SWEEPS),
     ('a picture: a point of a sweep that diverges has no accuracy, and no error', 'train.py', "config.point.startswith('search') and", 'config.point and', SWEEPS),
     ('a picture: error bars lie on each other', 'train.py', 'aside = 14 * (i', 'aside = 0 * (i', SWEEPS),
