@@ -224,8 +224,9 @@ def test_every_question_can_be_asked(command, monkeypatch):
     result = dict(task='where_blue', model='nano', method='ivpt', seed=0, accuracy=0.5, trained_parameters=1, seconds=1.0,
                   config={'weights': ''})
     monkeypatch.setattr(train, 'read_configs', lambda: CONFIGS)
-    monkeypatch.setattr(train, 'run', lambda config, *args: done.append(config) or result)
+    monkeypatch.setattr(train, 'run', lambda config, *args: done.append(config) or result | {'config': vars(config)})
     monkeypatch.setattr(train, 'show', lambda *args: done.append(args))
+    monkeypatch.setattr(train, 'lines', lambda *args: None)
     assert train.main(command.split()[2:]) == 0 and done
 
 
