@@ -30,7 +30,6 @@ from pictures import run
 from strategies import METHODS, OTHERS, Case, cases, random_model, randomised
 
 import data
-import ivpt
 import train
 import vit
 from ivpt import IVPTSwin, cdc_da, look
