@@ -16,7 +16,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -392,66 +392,159 @@ def read_folder(path, notes, classes=None):
 
 # ---- Pictures of shapes: a world that needs no download -------------------------------------------------
 #
-# Shapes of different colours lie in different cells of a 3 x 3 grid. The question is always where one
-# colour is. For pre-training the picture itself asks, by a frame in the colour that is meant; the
-# downstream pictures have no frame, and the question has to be learned.
+# Shapes of different colours, one of each, lie in different cells of a 3 x 3 grid. For pre-training a frame
+# asks a question of one of four kinds. Downstream pictures have no frame: the question has to be learned.
 
 COLOURS = {'red': (220, 50, 50), 'green': (50, 180, 70), 'blue': (60, 90, 230), 'yellow': (230, 200, 50),
            'purple': (160, 70, 200), 'cyan': (60, 200, 210)}  # pre-training knows the first four
 CELLS = [f'{row} {column}' for row in ('top', 'middle', 'bottom') for column in ('left', 'centre', 'right')]
+SHAPES = ['disc', 'ring', 'cross']
+LOOKS = ('plain', 'outlines', 'waves')  # of pictures; pre-training knows the first
+
+
+class Scene(NamedTuple):
+    """What n pictures show, arrays [n, n_shapes]: an entry for each picture and colour. Lengths are in 48ths of it."""
+
+    cell: np.ndarray  # the number of the shape's cell, all different
+    row: np.ndarray  # its centre
+    column: np.ndarray
+    radius: np.ndarray  # 3.8 to 4.6 is small, 5.7 to 6.5 large
+    shape: np.ndarray  # its number in SHAPES
+    there: np.ndarray  # whether it is in the picture
+
+
+def in_cell(scene, cell):
+    """The number of the colour in one cell of each picture, cell [n] -> [n]; n_shapes where there is none."""
+    here = scene.cell == cell[:, None]
+    return np.where(here.any(axis=1), here.argmax(axis=1), here.shape[1])
+
+
+QUESTIONS = {  # the answer's number in pictures i [n] of a scene s, for the colour (or cell) c [n]
+    'where': lambda s, i, c: s.cell[i, c],
+    'size': lambda s, i, c: (s.radius[i, c] > 5).astype(int),
+    'shape': lambda s, i, c: s.shape[i, c],
+    'colour': lambda s, i, c: in_cell(s, c),
+    'side': lambda s, i, c: 1 + np.sign(s.cell[i, c] % 3 - s.cell[i, 0] % 3),  # of the first colour
+    'count': lambda s, i, c: s.there.sum(axis=1) - 1}
+ASKED = tuple(QUESTIONS)[:4]  # by a frame, in pre-training
+
+
+def names_of(question, colours):
+    """The answers to a question about pictures with shapes of these colours, in words."""
+    if question == 'frame':
+        return [name for asked in ASKED for name in names_of(asked, colours)]
+    return {'where': CELLS, 'size': ['small', 'large'], 'shape': SHAPES, 'colour': [*colours, 'nothing'],
+            'side': ['left', 'above or below', 'right'],
+            'count': [str(n + 1) for n in range(len(colours))]}[question]
 
 
 def shapes(config):
-    """Where is the shape of the colour `ask`, or of the frame's colour? Nine classes, the cells."""
-    known = ['frame', *COLOURS][:1 + config.n_shapes]
+    """Pictures of shapes with the question `ask`: QUESTION_COLOUR, colour (in the centre), count, or frame."""
+    question = config.ask.partition('_')[0]
+    pairs = product(('where', 'size', 'shape', 'side'), config.colours)
+    known = ['frame', 'colour', 'count', *map('_'.join, pairs)]
     if config.ask not in known:
-        raise InputError(f'ask={config.ask}: with n_shapes={config.n_shapes} one of {", ".join(known)}')
+        raise InputError(f'ask={config.ask}: with the colours {", ".join(config.colours)} one of {", ".join(known)}')
     sets = []
     for seed, n in enumerate((config.n_train, config.n_val, config.n_test)):
-        images, labels = draw_shapes(n, config.ask, config.n_shapes, config.grain, config.img_size,
+        images, labels = draw_shapes(n, config.ask, config.colours, config.look, config.grain, config.img_size,
                                      (seed, config.ask == 'frame'))
         sets.append(list(zip(torch.from_numpy(images), labels.tolist())))
-    return Task(*sets, CELLS, [f'pictures of shapes, generated; the question: where is {config.ask}?'])
+    return Task(*sets, names_of(question, config.colours), [f'pictures of shapes, drawn; the question: {config.ask}'])
 
 
-def draw_shapes(n, ask, n_shapes=4, grain=8, size=48, seed=0):
-    """n pictures, uint8 [n, 3, size, size], and the cell of the shape that is asked for, int [n].
+def draw_shapes(n, ask, colours=tuple(COLOURS)[:4], look='plain', grain=8, size=48, seed=0):
+    """n pictures, uint8 [n, 3, size, size], and the answers to the question, int [n].
 
-    Each picture has n_shapes shapes, in the first n_shapes colours.
     grain: standard deviation of the noise of each pixel, in grey levels of 256."""
-    rng = np.random.default_rng(seed)
-    cell = rng.permuted(np.tile(np.arange(9), (n, 1)), axis=1)[:, :n_shapes]  # [n, n_shapes], all different
-    kind = rng.integers(3, size=cell.shape)  # disc, square or diamond
-    radius = rng.uniform(4, 6.5, cell.shape) * size / 48
-    inner, border = size * 14 / 48, size * 3 // 48  # side of a cell, width of the frame
-    centre = border + inner * (np.stack([cell // 3, cell % 3]) + 0.5 + rng.uniform(-0.07, 0.07, (2, *cell.shape)))
-    background = rng.uniform(60, 200, n)
-    asked = rng.integers(n_shapes, size=n) if ask == 'frame' else np.full(n, list(COLOURS).index(ask))
+    rng, i = np.random.default_rng(seed), np.arange(n)
+    scene = arrange(n, len(colours), rng, ask == 'count')
+    question, _, colour = ask.partition('_')
+    if question == 'frame':
+        q, c = rng.integers(len(ASKED), size=n), rng.integers(len(colours), size=n)
+        cell = np.where(rng.random(n) < 0.6, scene.cell[i, c], rng.integers(9, size=n))  # often one that is not empty
+        labels, first = np.zeros(n, dtype=int), 0
+        for k, name in enumerate(ASKED):
+            answers = first + QUESTIONS[name](scene, i, cell if name == 'colour' else c)
+            labels = np.where(q == k, answers, labels)
+            first += len(names_of(name, colours))
+    else:
+        c = np.full(n, list(colours).index(colour) if colour else CELLS.index('middle centre'))
+        labels = QUESTIONS[question](scene, i, c)
 
+    rgb = np.array([COLOURS[name] for name in colours], dtype=np.float32)
+    background = rng.uniform(60, 200, (n, 1, 1, 1)).astype(np.float32)
     images = np.empty((n, 3, size, size), dtype=np.uint8)
-    frame = np.ones((size, size), dtype=bool)
-    frame[border:-border, border:-border] = False
-    rgb = np.array(list(COLOURS.values())[:n_shapes], dtype=np.float32)
-    for part in np.array_split(np.arange(n), max(1, n * size ** 2 // 2 ** 20)):
-        canvas = np.broadcast_to(background[part, None, None, None], (len(part), 3, size, size)).astype(np.float32)
-        for i, colour in enumerate(rgb):
-            covered = cover(kind[part, i], radius[part, i], *centre[:, part, i], size)
-            canvas += covered * (colour[:, None, None] - canvas)
-        if ask == 'frame':
-            canvas[:, :, frame] = rgb[asked[part], :, None]
-        canvas += grain * rng.standard_normal(canvas.shape, dtype=np.float32)
-        images[part] = canvas.clip(0, 255)
-    return images, cell[np.arange(n), asked]
+    for part in np.array_split(i, max(1, n * size ** 2 // 2 ** 20)):
+        canvas = np.broadcast_to(background[part], (len(part), 3, size, size))
+        if look == 'waves':
+            canvas = canvas + waves(len(part), size, rng)
+        canvas = paint(canvas, Scene(*(x[part] for x in scene)), rgb, look)
+        if question == 'frame':
+            canvas = framed(canvas, q[part], rgb[c[part]], cell[part])
+        images[part] = (canvas + grain * rng.standard_normal(canvas.shape, dtype=np.float32)).clip(0, 255)
+    return images, labels
 
 
-def cover(kind, radius, row, column, size):
-    """How far one shape covers each pixel of each picture, 0 to 1: arguments [n] -> [n, 1, size, size]."""
-    pixel = np.arange(size, dtype=np.float32) + 0.5
-    dy = np.abs(pixel[:, None] - row[:, None, None].astype(np.float32))  # [n, size, 1]
-    dx = np.abs(pixel - column[:, None, None].astype(np.float32))  # [n, 1, size]
-    square, diamond = (kind == 1)[:, None, None], (kind == 2)[:, None, None]
-    distance = np.where(square, np.maximum(dx, dy) * 1.15, np.where(diamond, (dx + dy) * 0.8, np.hypot(dx, dy)))
-    return (radius[:, None, None].astype(np.float32) - distance + 0.5).clip(0, 1)[:, None]
+def arrange(n, n_shapes, rng, some_missing=False):
+    """The scene of n pictures at random: n_shapes in each, or at least one if some are missing."""
+    cell = rng.permuted(np.tile(np.arange(9), (n, 1)), axis=1)[:, :n_shapes]
+    centre = 3 + 14 * (np.stack([cell // 3, cell % 3]) + 0.5 + rng.uniform(-0.07, 0.07, (2, *cell.shape)))
+    radius = rng.uniform(3.8, 4.6, cell.shape) + 1.9 * rng.integers(2, size=cell.shape)
+    shape = rng.integers(len(SHAPES), size=cell.shape)
+    n_there = rng.integers(1, n_shapes + 1, size=(n, 1)) if some_missing else n_shapes
+    there = rng.permuted(np.tile(np.arange(n_shapes), (n, 1)), axis=1) < n_there
+    return Scene(cell, *centre.astype(np.float32), radius.astype(np.float32), shape, there)
+
+
+def paint(canvas, scene, rgb, look='plain'):
+    """The shapes of a scene, in their colours rgb [n_shapes, 3], on a canvas [n, 3, size, size]."""
+    for c, colour in enumerate(rgb):
+        covered = cover(scene, c, canvas.shape[-1])
+        if look == 'outlines':
+            covered = covered - cover(scene, c, canvas.shape[-1], smaller=1.5)
+        canvas = canvas + covered * (colour[:, None, None] - canvas)
+    return canvas
+
+
+def cover(scene, c, size, smaller=0.0):
+    """How far the shape of colour c covers each pixel of n pictures, 0 to 1: float [n, 1, size, size].
+
+    smaller: by how much its edge lies further inside, in 48ths of a picture."""
+    pixel = (np.arange(size, dtype=np.float32) + 0.5) * 48 / size
+    row, column, radius, shape, there = (x[:, c, None, None] for x in scene[1:])
+    dy, dx = np.abs(pixel[:, None] - row), np.abs(pixel - column)  # [n, size, 1] and [n, 1, size]
+    distance = np.hypot(dy, dx)
+    inside = radius - distance  # how far inside of the edge of a disc
+    inside = np.where(shape == 1, np.minimum(inside, distance - 0.5 * radius), inside)
+    inside = np.where(shape == 2, np.minimum(inside, 0.38 * radius - np.minimum(dy, dx)), inside)
+    inside = (inside - smaller) * size / 48 + 0.5
+    return np.where(there, inside.clip(0, 1), 0)[:, None]
+
+
+def waves(n, size, rng):
+    """Grey backgrounds of waves in two directions: float [n, 1, size, size], around 0."""
+    pixel = np.arange(size) * 48 / size
+    down, across = np.sin(rng.uniform(0.3, 1.2, (2, n, 1)) * pixel + rng.uniform(0, 2 * np.pi, (2, n, 1)))
+    return (45 * down[:, None, :, None] * across[:, None, None, :]).astype(np.float32)
+
+
+def framed(canvas, q, colour, cell):
+    """A canvas [n, 3, size, size] with the frames that ask, q [n] of ASKED. In a colour [n, 3]: all around, where it
+    is; at the top and on the left, its size; at the bottom and on the right, its shape. White, with black beside the
+    row and the column of a cell [n]: the colour in that cell."""
+    n, _, size, _ = canvas.shape
+    place = (np.arange(size) * 48 // size - 3) // 14  # of a cell in its row or column
+    edge = np.arange(size) < size * 3 // 48
+    top, left = edge[:, None], edge
+    bottom, right = top[::-1], left[::-1]
+    around = top | left | bottom | right
+    sides = np.stack([around, top | left, bottom | right, around])[q][:, None]  # [n, 1, size, size]
+    row, column = (cell // 3)[:, None, None], (cell % 3)[:, None, None]
+    black = (place[:, None] == row) & (left | right) | (place == column) & (top | bottom)
+    marks = np.where(black, 0, 255)[:, None]
+    painted = np.where((q == 3)[:, None, None, None], marks, colour[:, :, None, None])
+    return np.where(sides, painted, canvas).astype(np.float32)
 
 
 SOURCES = {'vtab': vtab, 'fgvc': fgvc, 'folder': folders, 'shapes': shapes}

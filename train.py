@@ -111,19 +111,21 @@ def make_optimizer(model, config):
     groups = [{'params': []}, {'params': [], 'weight_decay': 0.0}]
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[not decays(name, config)]['params'].append(p)
+            groups[not decays(name, p, config)]['params'].append(p)
     groups = [group for group in groups if group['params']]
     if config.optimizer == 'SGD':
         return torch.optim.SGD(groups, config.lr, config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
 
 
-def decays(name, config):
+def decays(name, p, config):
     """Whether weight decay pulls a parameter to 0. As in VPT's code it leaves the head's bias alone, and with AdamW
-    every bias. γ is left alone too: it starts as the identity, and decay would take CDC's connection away."""
+    every bias; of a method in a file AdamW leaves alone all vectors: timm's rule, that of the published SSF and SPT.
+    γ is left alone too: it starts as the identity, and decay would take CDC's connection away."""
     if name in ('head.bias', 'head.fc.bias') or name.startswith('gamma'):
         return False
-    return config.optimizer == 'SGD' or not name.endswith('bias')
+    vector = name.endswith('bias') or ('.py:' in config.tune and p.ndim < 2)
+    return config.optimizer == 'SGD' or not vector
 
 
 def autocast(device, config):
@@ -935,6 +937,10 @@ def colours(x):
     return len(x) == 3 and all(type(c) in (int, float) and abs(c) < 1e6 for c in x)
 
 
+def palette(x):
+    return x and len(set(x)) == len(x) and set(x) <= set(data.COLOURS)
+
+
 def grid(x):
     return x and all(type(values) is list and values for values in x.values())
 
@@ -951,7 +957,7 @@ RULES = {
     'epochs': between(1, 10 ** 6), 'batch': between(1, 10 ** 6), 'workers': COUNT,
     'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
-    'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4), 'n_shapes': between(1, 6),
+    'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4), 'look': one_of(*data.LOOKS),
     'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
     'paper_backbone_params': between(0, 1e6),
     'tune': (lambda x: x in TUNES or '.py:' in x, f'is one of {", ".join(TUNES)}, FILE.py:NAME'),
@@ -962,6 +968,7 @@ RULES = {
     'torchvision': one_of('', *data.TORCHVISION), 'aggregation': ANY, 'device': TEXT, 'task': TEXT,
     'precision': one_of('auto', 'float32', 'bfloat16', 'float16'), 'method': TEXT,
     'model': TEXT, 'data': FOLDER, 'runs': FOLDER, 'weights': TEXT, 'dir': TEXT, 'images': TEXT, 'ask': TEXT,
+    'colours': (palette, f'is some of {", ".join(data.COLOURS)}'),
     'mean': (colours, 'is three numbers, one a colour'),
     'std': (lambda x: colours(x) and min(x) > 0, 'is three numbers, one a colour, above 0'),
     'grid': (grid, 'is a list of values for each setting')}

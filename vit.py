@@ -30,7 +30,7 @@ from torch import nn
 # D, L, N_h. Base, large and huge: Dosovitskiy et al. (2021), Table 1. Tiny and small: Touvron et al.
 # (2021), Table 1. Nano is ours, for 48-pixel pictures of shapes (data.py).
 SIZES = {
-    'nano': (96, 6, 3),
+    'nano': (64, 6, 2),
     'tiny': (192, 12, 3),
     'small': (384, 12, 6),
     'base': (768, 12, 12),

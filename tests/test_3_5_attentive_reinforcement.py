@@ -247,7 +247,7 @@ def test_the_one_query_of_the_last_layer_weighs_in_float32_under_autocast():
     """Its weights, which Figure 7 shows, are float64's to float32's rounding; what it puts out is in bfloat16."""
     attn = vit.build('vit_nano_patch8_48', Path(__file__).parent / 'nano.pth').blocks[-1].attn
     torch.manual_seed(0)
-    tokens = torch.randn(4, 37, 96), torch.randn(10, 96)
+    tokens = torch.randn(4, 37, 64), torch.randn(10, 64)
     with torch.autocast('cpu', torch.bfloat16):
         out, w = attn.one_query(*tokens)
         out_, w_ = attn.one_query(*(x.bfloat16() for x in tokens))  # what is half already is welcome too

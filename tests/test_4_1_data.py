@@ -15,10 +15,11 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
-from pictures import no_network, oxford, save_picture, tiny, vtab  # noqa: F401
+from pictures import CONFIGS, no_network, oxford, save_picture, tiny, vtab  # noqa: F401
 from torchvision import transforms
 
 import data
@@ -518,73 +519,162 @@ def test_without_augmentation_a_training_picture_is_the_picture():
 
 # ---- Pictures of shapes ---------------------------------------------------------------------------------
 
-
-def middles(images, size=48):
-    """The colours in the middle of the nine cells: [n, 9, 3]."""
-    border, inner = size * 3 // 48, size * 14 / 48
-    at = [int(border + inner * (i + 0.5)) for i in range(3)]
-    return np.stack([images[:, :, at[cell // 3], at[cell % 3]] for cell in range(9)], axis=1).astype(int)
+FOUR = list(data.COLOURS)[:4]
+PLACES = [(slice(3 + 14 * (c // 3), 17 + 14 * (c // 3)), slice(3 + 14 * (c % 3), 17 + 14 * (c % 3))) for c in range(9)]
 
 
-def is_colour(rgb, colour):
-    return (np.abs(rgb - data.COLOURS[colour]) <= 1).all(-1)
+def of_colour(images, colour):
+    """Which pixels have just this colour: [n, 48, 48]."""
+    return (np.abs(images.astype(int) - np.array(data.COLOURS[colour])[:, None, None]) <= 1).all(1)
 
 
-QUESTIONS = [(n, colour) for n in (1, 4, 6) for colour in list(data.COLOURS)[:n]]
+def seen_in(images, colour):
+    """In which of the nine cells a colour is seen: [n, 9]."""
+    pixels = of_colour(images, colour)
+    return np.stack([pixels[:, rows, columns].any((1, 2)) for rows, columns in PLACES], axis=1)
 
 
-@pytest.mark.parametrize('size', [32, 48, 96])
-@pytest.mark.parametrize('n_shapes, ask', QUESTIONS)
-def test_the_colour_that_is_asked_for_lies_in_the_cell_of_the_label_and_in_no_other(n_shapes, ask, size):
-    images, labels = data.draw_shapes(60, ask, n_shapes=n_shapes, grain=0, size=size)
-    assert (is_colour(middles(images, size), ask) == np.eye(9, dtype=bool)[labels]).all()
+def draw(ask, n=200, seed=0, **look):
+    return data.draw_shapes(n, ask, grain=0, seed=seed, **look)
 
 
-@pytest.mark.parametrize('n_shapes', [1, 4, 6])
-def test_each_colour_has_a_cell_of_its_own(n_shapes):
-    cells = middles(data.draw_shapes(200, 'red', n_shapes=n_shapes, grain=0)[0])
-    for i, colour in enumerate(data.COLOURS):
-        assert (is_colour(cells, colour).sum(1) == (i < n_shapes)).all()
+@pytest.mark.parametrize('colours', [['cyan'], FOUR, list(data.COLOURS)])
+def test_each_colour_has_a_cell_of_its_own(colours):
+    images, _ = draw(f'where_{colours[0]}', colours=colours)
+    cells = np.stack([seen_in(images, colour) for colour in colours])
+    assert (cells.sum(2) == 1).all() and (cells.sum(0) <= 1).all()
+    assert not any(seen_in(images, colour).any() for colour in set(data.COLOURS) - set(colours))
 
 
-def test_the_frame_has_the_colour_that_is_asked_for_and_never_purple():
-    """The backbone that comes with this project was never asked for purple or cyan."""
-    images, labels = data.draw_shapes(300, 'frame', grain=0)
-    frame = images[:, :, 0, 0].astype(int)
-    assert (np.abs(middles(images)[np.arange(300), labels] - frame) <= 1).all()
-    assert (images[:, :, [0, 1, 2, 45, 46, 47]] == images[:, :, :1, :1]).all()  # it goes all around
-    assert (images[:, :, :, [0, 1, 2, 45, 46, 47]] == images[:, :, :1, :1]).all()
-    seen = {colour for colour in data.COLOURS if is_colour(frame, colour).any()}
-    assert seen == {'red', 'green', 'blue', 'yellow'}
+@pytest.mark.parametrize('look', data.LOOKS)
+@pytest.mark.parametrize('colour', FOUR)
+def test_where_is_the_cell_of_the_colour_that_is_asked_for_and_no_other(colour, look):
+    images, answer = draw(f'where_{colour}', look=look)
+    assert (seen_in(images, colour) == np.eye(9, dtype=bool)[answer]).all()
+
+
+def covered(ask, n=40):
+    """A scene, the answers, and which pixels the red shape covers when a picture is 480 pixels high: [n, 480, 480]."""
+    scene = data.arrange(n, 4, np.random.default_rng(0))
+    return scene, draw(ask, n)[1], data.cover(scene, 0, 480)[:, 0] > 0.5
+
+
+def test_a_large_shape_is_wider_than_11_pixels_of_48_and_a_small_one_narrower_than_10():
+    scene, answer, pixels = covered('size_red')
+    for axis in (1, 2):
+        width = pixels.any(axis).sum(1) / 10
+        assert (np.abs(width - 2 * scene.radius[:, 0]) < 0.3).all()
+        assert (np.where(answer == 1, 11 < width, width < 10)).all() and 10 < answer.sum() < 30
+
+
+def test_a_ring_is_empty_in_its_middle_and_a_cross_in_its_corners():
+    scene, answer, pixels = covered('shape_red')
+    row, column, radius = (x[:, 0] for x in (scene.row, scene.column, scene.radius))
+    middle, corner = (pixels[np.arange(40), (10 * (row + part * radius)).astype(int), (10 * (column + part * radius)).astype(int)]
+                      for part in (0, 0.6))
+    expected = {'disc': (True, True), 'ring': (False, True), 'cross': (True, False)}
+    assert [*zip(middle, corner)] == [expected[data.SHAPES[shape]] for shape in answer]
+    assert set(answer) == {0, 1, 2}
+
+
+def test_colour_is_what_is_seen_in_the_centre_or_nothing():
+    images, answer = draw('colour')
+    seen = np.stack([seen_in(images, colour)[:, 4] for colour in FOUR], axis=1)
+    assert (seen == np.eye(5, dtype=bool)[answer][:, :4]).all()
+    assert data.names_of('colour', FOUR) == [*FOUR, 'nothing']
+
+
+@pytest.mark.parametrize('colour', FOUR[1:])
+def test_side_is_on_which_side_of_the_red_one(colour):
+    images, answer = draw(f'side_{colour}')
+    column, red = (seen_in(images, name).argmax(1) % 3 for name in (colour, 'red'))
+    assert [data.names_of('side', FOUR)[a] for a in answer] == [
+        'left' if a < b else 'right' if a > b else 'above or below' for a, b in zip(column, red)]
+
+
+def test_count_is_how_many_are_there_and_only_then_some_are_missing():
+    images, answer = draw('count')
+    count = sum(seen_in(images, colour).any(1).astype(int) for colour in FOUR)
+    assert [data.names_of('count', FOUR)[a] for a in answer] == [str(n) for n in count]
+    assert np.bincount(count, minlength=5)[1:].min() > 25
+
+
+def test_an_outline_is_hollow_and_lies_within_the_shape():
+    whole, hollow = (of_colour(draw('where_red', look=look)[0], 'red') for look in ('plain', 'outlines'))
+    assert not (hollow & ~whole).any() and hollow.sum() < 0.7 * whole.sum()
+
+
+def test_waves_change_the_background_alone():
+    images, _ = draw('where_red', look='waves')
+    shapes = sum(of_colour(images, colour) for colour in FOUR)
+    grey = np.ptp(images.astype(int), axis=1) == 0
+    deviation = np.where(grey, images[:, 0], np.nan)
+    assert (np.nanstd(deviation, axis=(1, 2)) > 10).all() and (shapes.sum((1, 2)) > 60).all()
+
+
+def sides_of(picture):
+    """The pixels in the middle of the frame, of which there are 3: top, bottom, left, right, [4, 48, 3]."""
+    return np.stack([picture[:, 1], picture[:, -2], picture[:, :, 1], picture[:, :, -2]]).transpose(0, 2, 1)
+
+
+def test_the_frame_asks_what_the_picture_answers():
+    """All around: where. Top and left: size. Bottom and right: shape. White with black marks: the colour there."""
+    images, answer = draw('frame', n=400)
+    offset = np.cumsum([0] + [len(data.names_of(name, FOUR)) for name in data.ASKED])
+    scene = data.arrange(400, 4, np.random.default_rng(0))
+    questions = set()
+    for i, picture in enumerate(images.astype(int)):
+        top, bottom, left, right = (side[5:-5] for side in sides_of(picture))  # without the corners
+        coloured = [any((np.abs(side - rgb) <= 1).all() for rgb in data.COLOURS.values()) for side in (top, bottom, left, right)]
+        question = {(1, 1, 1, 1): 'where', (1, 0, 1, 0): 'size', (0, 1, 0, 1): 'shape', (0, 0, 0, 0): 'colour'}[tuple(coloured)]
+        questions.add(question)
+        k = data.ASKED.index(question)
+        if question == 'colour':
+            row, column = ((side == 0).all(1).nonzero()[0].mean() for side in sides_of(picture)[[2, 0]])
+            asked = 3 * int((row - 3) // 14) + int((column - 3) // 14)
+        else:
+            edge = (bottom if question == 'shape' else top)[0]
+            asked = next(c for c, rgb in enumerate(data.COLOURS.values()) if (np.abs(edge - rgb) <= 1).all())
+        one = data.Scene(*(x[i:i + 1] for x in scene))
+        assert answer[i] == offset[k] + data.QUESTIONS[question](one, np.arange(1), np.array([asked]))[0]
+    assert questions == set(data.ASKED)
 
 
 def test_pictures_downstream_have_no_frame():
-    corners = data.draw_shapes(100, 'blue', grain=0)[0][:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
+    corners = draw('where_blue')[0][:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert (corners == corners[:, :1, :1]).all()  # grey, as the background
     assert len(set(corners[:, 0, 0].tolist())) > 30
 
 
 def test_every_cell_is_the_answer_about_as_often():
-    for ask in ('frame', 'blue'):
-        counts = np.bincount(data.draw_shapes(1800, ask, size=16)[1], minlength=9)
-        assert len(counts) == 9 and (abs(counts - 200) < 60).all()
+    counts = np.bincount(data.draw_shapes(1800, 'where_blue', size=16)[1], minlength=9)
+    assert len(counts) == 9 and (abs(counts - 200) < 60).all()
+
+
+@pytest.mark.parametrize('size', [24, 96])
+def test_pictures_of_other_sizes_show_the_same(size):
+    images, answer = data.draw_shapes(50, 'where_blue', grain=0, size=size)
+    small, same = draw('where_blue', n=50)
+    assert (answer == same).all()
+    scaled = F.interpolate(torch.from_numpy(images).float(), (48, 48), mode='area').numpy()
+    assert np.abs(scaled - small).mean() < 6
 
 
 def test_grain_has_the_standard_deviation_that_was_asked_for():
-    noisy, plain = (data.draw_shapes(50, 'blue', grain=noise)[0].astype(float) for noise in (8, 0))
+    noisy, plain = (data.draw_shapes(50, 'where_blue', grain=noise)[0].astype(float) for noise in (8, 0))
     inside = (plain > 40) & (plain < 215)  # where nothing is clipped
     assert abs((noisy - plain)[inside].std() - 8) < 0.2
 
 
 def test_one_seed_draws_the_same_pictures_and_another_seed_others():
-    images, labels = data.draw_shapes(20, 'blue', seed=1)
+    images, labels = data.draw_shapes(20, 'where_blue', seed=1)
     np.random.seed(99)  # numpy's own random numbers have no part in it
-    same_images, same_labels = data.draw_shapes(20, 'blue', seed=1)
+    same_images, same_labels = data.draw_shapes(20, 'where_blue', seed=1)
     assert (images == same_images).all() and (labels == same_labels).all()
-    assert (images != data.draw_shapes(20, 'blue', seed=2)[0]).any()
+    assert (images != data.draw_shapes(20, 'where_blue', seed=2)[0]).any()
 
 
-@pytest.mark.parametrize('ask', ['frame', 'blue'])
+@pytest.mark.parametrize('ask', ['frame', 'where_blue'])
 def test_no_picture_of_shapes_is_in_two_sets(ask):
     task = data.load(tiny(ask=ask, n_train=50, n_val=50, n_test=50))
     pictures = [x.numpy().tobytes() for part in (task.train, task.val, task.test) for x, _ in part]
@@ -592,14 +682,21 @@ def test_no_picture_of_shapes_is_in_two_sets(ask):
 
 
 def test_the_questions_are_asked_about_the_same_pictures_but_not_about_those_of_pre_training():
-    blue, red, framed = (data.load(tiny(ask=ask, grain=0)).test for ask in ('blue', 'red', 'frame'))
+    blue, red, framed = (data.load(tiny(ask=ask, grain=0.0)).test for ask in ('where_blue', 'shape_red', 'frame'))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(blue, red))
     assert [label for _, label in blue] != [label for _, label in red]
     inside = [{picture[:, 3:-3, 3:-3].numpy().tobytes() for picture, _ in part} for part in (blue, framed)]
     assert not inside[0] & inside[1]
 
 
-@pytest.mark.parametrize('ask', ['pink', 'purple'])  # not a colour, and not one of the first four
-def test_a_colour_that_is_not_in_the_pictures_is_refused(ask):
-    with pytest.raises(InputError, match=f'{ask}.*frame, red, green'):
+@pytest.mark.parametrize('ask', ['where_purple', 'pink', 'where', 'count_red', 'when_red'])
+def test_a_question_that_is_none_is_refused(ask):
+    with pytest.raises(InputError, match=f'{ask}:.*red, green, blue, yellow.*frame, colour, count, where_red'):
         data.load(tiny(ask=ask))
+
+
+@pytest.mark.parametrize('name', [*CONFIGS['groups']['shapes'], 'shapes_framed'])
+def test_every_offline_task_has_its_classes_and_all_of_them_occur(name):
+    for task in train.tasks_of(CONFIGS, [name]):
+        found = data.load(tiny(task, n_train=300, n_val=20, n_test=20))
+        assert {label for _, label in found.train} == set(range(len(found.classes)))

@@ -356,7 +356,7 @@ def test_a_run_from_the_command_line_ends_with_status_0_and_says_what_it_did(tmp
     out, err = capsys.readouterr()
     assert not err
     for said in ('where_blue: 40 + 10 images', '20 for testing', 'vit_nano_patch8_48', 'weights random',
-                 'P [6, 10, 96]', 'gamma [5, 10, 10]', 'P_re [5, 4, 96]', 'head.weight [9, 96]', 'mean [0.5, 0.5, 0.5]'):
+                 'P [6, 10, 64]', 'gamma [5, 10, 10]', 'P_re [5, 4, 64]', 'head.weight [9, 64]', 'mean [0.5, 0.5, 0.5]'):
         assert said in out
     assert out.count('epoch   2/2') == 4 and out.count('% of 20 images') == 4
     assert len([line for line in out.splitlines() if line.startswith('where_blue  ')]) == 4  # the summary
@@ -394,7 +394,7 @@ def test_the_later_one_of_defaults_model_task_method_and_command_line_wins():
 
 @pytest.mark.parametrize('said, name, value', [
     ('lr=1e-3', 'lr', 0.001), ('lr=1', 'lr', 1.0), ('epochs=20', 'epochs', 20), ('aggregation=true', 'aggregation', True), ('precision=float32', 'precision', 'float32'),
-    ('mean=[0.1, 0.2, 0.3]', 'mean', [0.1, 0.2, 0.3]), ('ask=red', 'ask', 'red'), ('runs=a=b', 'runs', 'a=b'),
+    ('mean=[0.1, 0.2, 0.3]', 'mean', [0.1, 0.2, 0.3]), ('ask=where_red', 'ask', 'where_red'), ('runs=a=b', 'runs', 'a=b'),
     ('grain=2.5', 'grain', 2.5), ('N=010', 'N', 10), ('runs=/x/h #1', 'runs', '/x/h #1'), ('runs=null', 'runs', 'null'),
     ('runs=~/x', 'runs', os.path.expanduser('~/x')), ('cache_gb=0.5', 'cache_gb', 0.5), ('weights=', 'weights', '')])
 def test_any_setting_can_be_given_on_the_command_line(said, name, value):

@@ -157,7 +157,7 @@ def test_full_fine_tuning_and_bias_have_the_optimiser_and_the_rates_of_vpts_code
 
 
 def test_pre_training_keeps_settings_of_its_own():
-    config, = train.settings(CONFIGS, 'where_framed')
+    config, = train.settings(CONFIGS, 'shapes_framed')
     assert (config.optimizer, config.lr, config.weight_decay, config.warmup, config.weights, config.tune) == (
         'AdamW', 0.001, 0.05, 0.1, 'random', 'all')
 

@@ -266,7 +266,7 @@ def test_weights_that_are_missing_or_damaged_are_refused_by_name(content, said, 
 
 
 @pytest.mark.parametrize('state, said', [
-    ({'norm.bias': torch.zeros(96)}, 'missing: blocks.0.attn.proj.bias'),
+    ({'norm.bias': torch.zeros(64)}, 'missing: blocks.0.attn.proj.bias'),
     ({'epoch': 3}, 'holds no state dict'),
     ([torch.zeros(3)], 'holds no state dict')])
 def test_weights_of_another_model_are_refused_by_name(state, said, tmp_path, refusal):

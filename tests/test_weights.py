@@ -328,8 +328,8 @@ def test_the_backbone_that_comes_along_is_found_from_any_folder_and_by_the_same_
     assert all(torch.equal(x, saved[name]) for name, x in model.vit.state_dict().items())
 
 
-def test_the_backbone_of_the_default_task_knows_where_the_colour_of_the_frame_is():
-    """It is pre-trained on that question; the head that answered it is in the file."""
-    config, = train.settings(CONFIGS, 'where_framed', 'pretrain', changes={'n_train': 1, 'n_test': 300, 'precision': 'float32'})
-    model = vit.build(config.model, nano().weights, num_classes=9)
+def test_the_backbone_of_the_offline_tasks_knows_what_a_frame_asks():
+    """It is pre-trained on these questions; the head that answered them is in the file."""
+    config, = train.settings(CONFIGS, 'shapes_framed', 'pretrain', changes={'n_train': 1, 'n_test': 300, 'precision': 'float32'})
+    model = vit.build(config.model, nano().weights, num_classes=19)
     assert train.accuracy(model, data.load(config).test, config, torch.device('cpu')) > 0.9
