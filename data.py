@@ -1,8 +1,8 @@
 """Tasks: which pictures are trained on, which are tested on, and how they become batches.
 
-A picture is a pair (uint8 tensor [3, H, W], class id). A set of pictures is anything with a length and an index: a
-list where they are in memory, `Files` where they are decoded when asked for, by their samples: pairs (where the picture
-lies, class id).
+A picture is a pair (uint8 tensor [3, H, W], class id); or, where each pixel has a class, (image, mask [H, W]). A set of
+pictures is anything with a length and an index: a list where they are in memory, `Files` where they are decoded when
+asked for, by their samples: pairs (where the picture lies, class id or where its mask lies).
 
 There is a reader for each layout: VTAB-1k's lists (Zhai et al., 2019), torchvision's data sets where those lists are
 missing, VPT's lists for FGVC (Jia et al., 2022), folders of your own, and pictures of shapes, which are drawn.
@@ -22,14 +22,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+from torchvision.transforms.functional import (InterpolationMode, adjust_hue, adjust_saturation, center_crop,
+                                               pil_to_tensor, resize)
 
-from vit import InputError, log
+from vit import IGNORED, InputError, log
 
 warn = cache(log.warning)  # once, and not every epoch
 
@@ -47,6 +49,9 @@ class Task:
 
 def load(config):
     """The task that the settings name. Raises InputError, with what to put where, if pictures are missing or wrong."""
+    augments = MASKED.get(config.source, ('crop_flip', 'none'))
+    if config.augment not in augments:
+        raise InputError(f'augment={config.augment}: for {config.task} it is {" or ".join(augments)}')
     return SOURCES[config.source](config)
 
 
@@ -56,7 +61,8 @@ def digest(task, config):
     found = {'class names': task.classes}
     for part in ('train', 'val', 'test'):
         pictures = getattr(task, part)
-        rows = [(*identity(picture, config.data), label) for picture, label in getattr(pictures, 'samples', pictures)]
+        rows = [(*identity(picture, config.data), label if isinstance(label, int) else identity(label, config.data))
+                for picture, label in getattr(pictures, 'samples', pictures)]
         found |= {f'{part} {what}': [row[i] for row in rows] for i, what in enumerate(('names', 'sizes', 'labels'))}
     return {name: f'{len(x)} {hashlib.sha256(repr(x).encode()).hexdigest()[:12]}' for name, x in found.items()}
 
@@ -100,17 +106,18 @@ class Files(Dataset):
 
     def __getitem__(self, index):
         path, label = self.samples[index]
-        return read_image(path, self.size), label
+        image = read_image(path, self.size)
+        return image, read_mask(label, image) if isinstance(label, Path) else label
 
 
 def read_image(path, size):
-    """An image file or Place, upright and in RGB: uint8 [3, H, W]. size: pixels of the shorter side, or (H, W)."""
+    """An image file or Place, upright and in RGB: uint8 [3, H, W]. size: of the shorter side, (H, W) or None."""
     try:
         with path.pictures[path.index][0] if isinstance(path, Place) else Image.open(path) as image:
             image = eight_bits(ImageOps.exif_transpose(image), image.format).convert('RGB')
         if max(image.size) > 100 * min(image.size):
             raise ValueError(f'{image.width} x {image.height} pixels are a line and no picture')
-        return pil_to_tensor(resize(image, size))
+        return pil_to_tensor(resize(image, size) if size else image)
     except Exception as error:  # Pillow raises what its many decoders raise
         raise InputError(f'{path}: not an image that can be decoded ({error}); replace the file') from None
 
@@ -128,6 +135,8 @@ def resized(config):
     """The size of images before a crop: VPT's 256 for 224, in proportion; the model's own where nothing is cropped."""
     if config.augment == 'none':
         return (config.img_size, config.img_size)
+    if config.augment == 'scale_crop':  # their own
+        return None
     return round(config.img_size * 256 / 224)
 
 
@@ -138,7 +147,7 @@ def in_memory(pictures, config, device):
     if isinstance(pictures, list):
         return pictures
     found = decoded(pictures.__getitem__, range(len(pictures)), workers_of(config))
-    pixels = config.img_size ** 2 if config.augment == 'none' else 4 / 3 * resized(config) ** 2  # most are 4:3
+    pixels = config.img_size ** 2 if config.augment == 'none' else 4 / 3 * (resized(config) or 2 * config.img_size) ** 2
     if len(pictures) * 3 * pixels > config.cache_gb * 1e9:
         for _ in found:
             pass
@@ -221,7 +230,7 @@ def compared(parts, classes, note, config):
     for name, samples, n in zip(('train', 'validate', 'test'), parts, (config.n_train, config.n_val, config.n_test)):
         if len(samples) != n:
             notes.append(f'{len(samples)} images to {name} on, and not {n}')
-    if missing := config.classes - len({label for _, label in parts[0]}):
+    if config.source not in MASKED and (missing := config.classes - len({label for _, label in parts[0]})):
         notes.append(f'{missing} of {config.classes} classes have no training image')
     return Task(*(Files(samples, resized(config)) for samples in parts), classes, notes)
 
@@ -547,7 +556,102 @@ def framed(canvas, q, colour, cell):
     return np.where(sides, painted, canvas).astype(np.float32)
 
 
-SOURCES = {'vtab': vtab, 'fgvc': fgvc, 'folder': folders, 'shapes': shapes}
+# ---- Masks (4.4) ----------------------------------------------------------------------------------------
+
+MASKED = {'ade20k': ('scale_crop',), 'shapes_masks': ('none', 'scale_crop')}  # sources, and how they are augmented
+ADE20K_CLASSES = 150
+
+
+def ade20k(config):
+    """ADE20K as it is unpacked: ADEChallengeData2016/{images,annotations}/{training,validation}/ in the data folder.
+    Its validation images are the test, as in the paper; n_val of its training images are for validation."""
+    if config.classes != ADE20K_CLASSES:
+        raise InputError(f'classes={config.classes}: ADE20K has {ADE20K_CLASSES}')
+    root = Path(config.data) / 'ADEChallengeData2016'
+    parts = (*draw(partners(root, 'training'), config), partners(root, 'validation'))
+    names = [str(i + 1) for i in range(ADE20K_CLASSES)]  # as in its objectInfo150.txt
+    return compared(parts, names, f'ADE20K in {root}', config)
+
+
+def partners(root, part):
+    """Samples of a part of ADE20K, in the order of their names. Raises InputError for an image or a mask alone."""
+    images, masks = ({path.stem: path for path in (root / kind / part).glob('[!._]*')}
+                     for kind in ('images', 'annotations'))
+    if not images:
+        raise InputError(f'{root / "images" / part}: no images there; unpack ADEChallengeData2016.zip in the data '
+                         'folder, or name that with --data')
+    for name in sorted(images.keys() ^ masks.keys()):
+        what = 'mask' if name in images else 'image'
+        raise InputError(f'{(images | masks)[name]}: there is no {what} for it; unpack the data again')
+    return [(images[name], masks[name]) for name in sorted(images)]
+
+
+def read_mask(path, image):
+    """The mask of an image in a PNG file, where 0 is no label and 1 the first class: uint8 [H, W], ids or IGNORED."""
+    try:
+        with Image.open(path) as file:
+            if file.mode != 'L':
+                raise ValueError(f'its mode is {file.mode}, not L: a byte with a label for each pixel')
+            mask = pil_to_tensor(file)[0]
+        if mask.shape != image.shape[1:]:
+            raise ValueError(f'it has {[*mask.shape]} pixels, height and width, and its image {[*image.shape[1:]]}')
+        if mask.max() > ADE20K_CLASSES:
+            raise ValueError(f'it has the label {mask.max()}, and they go from 0 to {ADE20K_CLASSES}')
+    except Exception as error:  # as in `read_image`
+        raise InputError(f'{path}: not the mask of an image ({error}); replace the file') from None
+    return mask - 1  # of bytes: 0 - 1 is 255, IGNORED
+
+
+def scale_crop(image, mask, config, rng):
+    """SETR's augmentation of an image [3, H, W] and its mask [H, W]: of what is resized to 0.5 to 2 S on the shorter
+    side and half of the time flipped, a window in other colours: float [3, S, S], 0 to 255, and uint8 [S, S]."""
+    S, (mean, _) = config.img_size, moments(config, image.device)
+    short = round(S * rng.uniform(0.5, 2))
+    image = resize(image, [short], max_size=4 * short)
+    mask = resize(mask.unsqueeze(0), image.shape[1:], InterpolationMode.NEAREST)[0]
+    if rng.random() < 0.5:
+        image, mask = image.flip(-1), mask.flip(-1)
+    for _ in range(11):  # drawn anew, up to 10 times, while one class has three quarters of what is labelled
+        top, left = (rng.integers(max(0, side - S) + 1) for side in mask.shape)
+        window = mask[top:top + S, left:left + S]
+        pixels = window.flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
+        if pixels.max() < 0.75 * pixels.sum():
+            break
+    around = (0, S - window.shape[1], 0, S - window.shape[0])  # on the right and below
+    image = distort(image[:, top:top + S, left:left + S], rng) - mean
+    return F.pad(image, around) + mean, F.pad(window, around, value=IGNORED)
+
+
+def distort(image, rng):
+    """SETR's change of an image's colours, [3, H, W], 0 to 255: each of four, in half of all cases."""
+    changes = [(torch.add, -32 / 255, 32 / 255), (torch.mul, 0.5, 1.5), (adjust_saturation, 0.5, 1.5),
+               (adjust_hue, -0.1, 0.1)]
+    if rng.random() < 0.5:  # contrast comes last
+        changes.append(changes.pop(1))
+    x = image / 255
+    for change, low, high in changes:
+        if rng.random() < 0.5:
+            x = change(x, rng.uniform(low, high)).clip(0, 1)
+    return 255 * x
+
+
+def shapes_masks(config):
+    """Which pixels are the shape of the colour in `ask`, as shape_blue, and which shape is it? Class 0: all others."""
+    colours = {f'shape_{name}': c for c, name in enumerate(config.colours)}
+    if config.ask not in colours:
+        raise InputError(f'ask={config.ask}: with masks one of {", ".join(colours)}')
+    sets = []
+    for seed, n in enumerate((config.n_train, config.n_val, config.n_test)):
+        images, shape = draw_shapes(n, config.ask, config.colours, config.look, config.grain, config.img_size, seed)
+        scene = arrange(n, len(config.colours), np.random.default_rng(seed))  # the same, from the same seed
+        covered = cover(scene, colours[config.ask], config.img_size)[:, 0] > 0.5
+        masks = (covered * (1 + shape[:, None, None])).astype(np.uint8)
+        sets.append(list(zip(torch.from_numpy(images), torch.from_numpy(masks))))
+    return Task(*sets, ['other', *SHAPES], [f'pictures of shapes, drawn, with masks; the question: {config.ask}'])
+
+
+SOURCES = {'vtab': vtab, 'fgvc': fgvc, 'folder': folders, 'shapes': shapes, 'ade20k': ade20k,
+           'shapes_masks': shapes_masks}
 
 # ---- Batches --------------------------------------------------------------------------------------------
 
@@ -561,19 +665,29 @@ def batches(pictures, config, device, epoch=None, part=slice(None)):
     generator = torch.Generator().manual_seed(1_000_003 * config.seed + (epoch or 0))
     order = range(len(pictures)) if epoch is None else torch.randperm(len(pictures), generator=generator).tolist()
     draws = torch.rand(len(order), 3, generator=generator)
-    mean, std = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (config.mean, config.std))
+    mean, std = moments(config, device)
 
     def crops(start):
         places = range(len(order))[start:start + config.batch]
         places = [*(places[part] or places[:1])]
-        images, labels = zip(*(pictures[order[place]] for place in places))
-        if epoch is None or config.augment == 'none':
-            return torch.stack([center_crop(image, config.img_size) for image in images]), torch.tensor(labels)
-        return augment(images, config.img_size, draws[places]), torch.tensor(labels)
+        chosen = [pictures[order[place]] for place in places]
+        if config.augment == 'scale_crop':
+            chosen = [scale_crop(*picture, config, np.random.default_rng((config.seed, epoch, place)))
+                      for picture, place in zip(chosen, places)]
+        images, labels = zip(*chosen)
+        labels = torch.stack([torch.as_tensor(label) for label in labels])
+        if epoch is None or config.augment != 'crop_flip':
+            return torch.stack([center_crop(image, config.img_size) for image in images]), labels
+        return augment(images, config.img_size, draws[places]), labels
 
     workers = 0 if isinstance(pictures, list) else workers_of(config)
     for images, labels in decoded(crops, range(0, len(order), config.batch), workers):
         yield (send(images, device) - mean) / std, send(labels, device)
+
+
+def moments(config, device):
+    """Mean and standard deviation, [3, 1, 1], that pixels from 0 to 255 are normalised by."""
+    return (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (config.mean, config.std))
 
 
 def augment(images, size, draws):

@@ -7,13 +7,14 @@ tensors to tensors, then the model that owns the parameters and calls them. The 
 explained on top of vit.py. "Eq. 5" always means the paper's.
 """
 
+import math
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import InputError, Swin, attend, init_linear
+from vit import IGNORED, InputError, Swin, ViT, attend, init_linear
 
 # ---- 3.3 Cross-layer dynamic connection -----------------------------------------------------------------
 
@@ -312,6 +313,74 @@ class IVPTSwin(IVPT):
                 if l < len(P_re):
                     tokens = reinforce_(tokens, self.choose(w), P_re[l].to(tokens.dtype))  # Eq. 14 and 15
         return self.head(self.vit.norm(tokens).mean(dim=1))
+
+
+# ---- 4.4 Semantic segmentation --------------------------------------------------------------------------
+
+AUXILIARY = 0.4  # weight of the loss of each auxiliary head
+
+
+class Decoder(nn.Module):
+    """A head of SETR-PUP (Zheng et al., 2021): image tokens Z [B, M, D] -> logits [B, C, H', W'] on a coarse grid.
+
+    n convolutions of 3 x 3 to D / 4 channels, with the grid doubled between them, and one of 1 x 1 to the classes."""
+
+    def __init__(self, D, C, n):
+        super().__init__()
+        self.norm, width = nn.LayerNorm(D, eps=1e-6), max(1, D // 4)
+        self.layers = nn.Sequential()
+        for i in range(n):
+            if i:
+                self.layers.append(nn.Upsample(scale_factor=2, mode='bilinear'))
+            self.layers.extend([nn.Conv2d(width if i else D, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()])
+        self.layers.append(nn.Conv2d(width, C, 1))
+
+    def forward(self, Z):
+        side = round(Z.shape[1] ** 0.5)
+        return self.layers(self.norm(Z).mT.unflatten(2, (side, side)))
+
+
+class SETR(nn.Module):
+    """Classifies pixels: images [B, 3, H, W] -> logits [B, C, H, W], and in training a list of those of all five heads.
+
+    tuned: a ViT or an IVPT, whose own head and last norm are taken off. The main head reads its last layer, auxiliary
+    heads what comes after 10, 15, 20 and 24 of 24 layers, or these parts of L.
+
+    Where the paper is silent, this is what was chosen:
+    - The numbers of convolutions, three and one: of this family, only they give Table 7's 13.18M. SETR has others.
+    - The loss is a mean over all pixels, with 0 for those without a label: so the parts of a batch weigh alike.
+
+    Raises InputError for what gives no tokens of a ViT layer by layer, for AR, which the paper discards here, and for
+    inherited prompts."""
+
+    def __init__(self, tuned, num_classes):
+        super().__init__()
+        vit = getattr(tuned, 'vit', tuned)
+        if type(vit) is not ViT or type(tuned) not in (ViT, IVPT):
+            raise InputError('segmentation is made for a ViT with one of our own methods, not for a Swin or a file')
+        if getattr(tuned, 'P_re', None) is not None or getattr(tuned, 'structure', '') in INHERITED:
+            raise InputError('segmentation has no AR (4.4), no inherited prompts: take vpt, vanilla_cdc, cdc or cdc_da')
+        tuned.head = vit.head = vit.norm = nn.Identity()
+        self.tuned, self.num_classes = tuned, num_classes
+        self.head = Decoder(vit.D, num_classes, n=3)
+        self.read = [math.ceil(vit.L * part / 24) - 1 for part in (10, 15, 20, 24)]  # layers, from 0
+        self.auxiliary = nn.ModuleList(Decoder(vit.D, num_classes, n=1) for _ in self.read)
+
+    def forward(self, images):
+        vit, Z = getattr(self.tuned, 'vit', self.tuned), []
+        P_hat = self.tuned.prompts() if isinstance(self.tuned, IVPT) else []
+        tokens = vit.embed(images)
+        for l, layer in enumerate(vit.blocks):
+            tokens, _ = layer(tokens, *P_hat[l:l + 1], need_weights=False)  # Eq. 3, or Eq. 1 without prompts
+            Z.append(tokens[:, 1:])  # [B, M, D]
+        others = [head(Z[l]) for head, l in zip(self.auxiliary, self.read)] if self.training else []
+        logits = [F.interpolate(x, images.shape[2:], mode='bilinear') for x in (self.head(Z[-1]), *others)]
+        return logits if self.training else logits[0]
+
+    def loss(self, logits, masks):
+        """Cross-entropy of each head's logits [B, C, H, W] and masks [B, H, W], weighted and summed: a scalar."""
+        losses = [F.cross_entropy(x, masks.long(), ignore_index=IGNORED, reduction='none').mean() for x in logits]
+        return losses[0] + AUXILIARY * sum(losses[1:])
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 import data
 import ivpt
@@ -71,6 +71,7 @@ def train(model, optimizer, pictures, config, device, done=0, scaler=OFF):
     Raises FloatingPointError after an epoch in which a loss, or at whose end a parameter, is not finite."""
     rank, world = parts()
     replica = DistributedDataParallel(model) if world > 1 else model
+    loss_of = getattr(model, 'loss', F.cross_entropy)  # SETR has several heads
     sizes = [len(range(len(pictures))[i:i + config.batch]) for i in range(0, len(pictures), config.batch)]
     for epoch in range(done, config.epochs):
         torch.manual_seed(1_000_003 * config.seed + epoch)
@@ -78,12 +79,13 @@ def train(model, optimizer, pictures, config, device, done=0, scaler=OFF):
         start, losses = time.perf_counter(), []
         batches = data.batches(pictures, config, device, epoch, slice(rank, None, world))
         for step, (images, labels) in enumerate(batches):
-            lr = config.lr * schedule(epoch * len(sizes) + step, config.epochs * len(sizes), config.warmup)
+            steps = epoch * len(sizes) + step, config.epochs * len(sizes)
+            lr = config.lr * schedule(*steps, config.warmup, config.schedule)
             for group in optimizer.param_groups:
                 group['lr'] = lr
             share = len(range(sizes[step])[rank::world]) / sizes[step]  # this process's part of the batch; 1 alone
             with autocast(device, config):
-                loss = F.cross_entropy(replica(images), labels) * (share * world)  # DDP takes the mean of gradients
+                loss = loss_of(replica(images), labels) * (share * world)  # DDP takes the mean of gradients
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -101,13 +103,14 @@ def train(model, optimizer, pictures, config, device, done=0, scaler=OFF):
                'seconds': seconds, 'images_per_second': len(pictures) / seconds}
 
 
-def schedule(step, steps, warmup):
+def schedule(step, steps, warmup, kind='cosine'):
     """The learning rate's factor at a step, counted from 0: linear up to 1 over the first part `warmup` of
-    the steps, then half a cosine towards 0 (4.1)."""
+    the steps, then half a cosine towards 0 (4.1), or SETR's power of 0.9, towards a hundredth."""
     rising = round(warmup * steps)
     if step < rising:
         return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+    done = (step - rising) / (steps - rising)
+    return 0.5 * (1 + math.cos(math.pi * done)) if kind == 'cosine' else 0.99 * (1 - done) ** 0.9 + 0.01
 
 
 def make_optimizer(model, config):
@@ -126,7 +129,7 @@ def decays(name, p, config):
     """Whether weight decay pulls a parameter to 0. As in VPT's code it leaves the head's bias alone, and with AdamW
     every bias; of a method in a file AdamW leaves alone all vectors: timm's rule, that of the published SSF and SPT.
     γ is left alone too: it starts as the identity, and decay would take CDC's connection away."""
-    if name in ('head.bias', 'head.fc.bias') or name.startswith('gamma'):
+    if name in ('head.bias', 'head.fc.bias') or 'gamma' in name.split('.'):
         return False
     vector = name.endswith('bias') or ('.py:' in config.tune and p.ndim < 2)
     return config.optimizer == 'SGD' or not vector
@@ -163,20 +166,93 @@ def accuracy(model, pictures, config, device, noise=0.0):
         mine = Subset(pictures, range(len(pictures))[rank::world])
     for images, labels in data.batches(mine, config, device):
         if noise:
-            images = (1 - noise) * images + noise * torch.randn(images.shape, generator=generator).to(device)
+            images = mix(images, noise, generator)
         with autocast(device, config):
             right += (model(images).argmax(dim=1) == labels).sum()
     return summed(right).item() / len(pictures)
+
+
+def mix(images, noise, generator):
+    """Normalised images with a proportion of noise."""
+    return (1 - noise) * images + noise * torch.randn(images.shape, generator=generator).to(images.device)
+
+
+# ---- Masks: scores of each pixel (4.4) ------------------------------------------------------------------
+
+
+def evaluate(model, pictures, config, device, noise=0.0):
+    """The scores of a result: `accuracy`, which of masks is the mIoU, beside `pixel_accuracy` and, in a test at several
+    `scales`, `multi_scale`, the mIoU again."""
+    if config.source not in data.MASKED:
+        return {'accuracy': accuracy(model, pictures, config, device, noise)}
+    K = confusion(model, pictures, config, device, [1.0], noise)
+    found = {'accuracy': mean_iou(K), 'pixel_accuracy': (K.trace() / K.sum()).item()}
+    if config.scales and config.score_on == 'test' and not noise:
+        found['multi_scale'] = mean_iou(confusion(model, pictures, config, device, config.scales))
+    return found
+
+
+def mean_iou(K):
+    """Intersection over union, mean over the classes that are in masks or answers: K of `confusion` -> 0 to 1."""
+    if not K.any():
+        raise InputError('no pixel of the pictures to score is labelled: look at their masks')
+    return (K.diagonal() / (K.sum(0) + K.sum(1) - K.diagonal())).nanmean().item()
+
+
+def confusion(model, pictures, config, device, scales, noise=0.0):
+    """K [C, C]: how many pixels of class i, the row, were taken for class j, in all pictures."""
+    model.eval()
+    (rank, world), generator, C = parts(), torch.Generator().manual_seed(0), model.num_classes
+    mine, K = range(len(pictures))[rank::world], torch.zeros(C * C, dtype=torch.int64)
+    for image, mask in data.decoded(pictures.__getitem__, mine, data.workers_of(config)):
+        answer, known = segment(model, image, config, device, scales, noise, generator), mask != vit.IGNORED
+        K += torch.bincount(C * mask[known].long() + answer[known], minlength=C * C)
+    return summed(K.to(device)).view(C, C).cpu().double()
+
+
+@torch.no_grad()
+def segment(model, image, config, device, scales=(1.0,), noise=0.0, generator=None):
+    """The class of each pixel of an image, uint8 [3, H, W] -> [H, W]. Its shorter side is taken to each of the scales
+    times the model's size; of several, and of the mirror image at each, the mean of probabilities counts."""
+    (mean, std), p, flips = data.moments(config, device), 0, [False, True] if len(scales) > 1 else [False]
+    for scale, flip in product(scales, flips):
+        short = round(scale * config.img_size)
+        x = (resize(image.to(device), [short], max_size=4 * short).unsqueeze(0) - mean) / std
+        x = mix(x, noise, generator) if noise else x
+        with autocast(device, config):
+            logits = slide(model, x.flip(-1) if flip else x, config.img_size)
+        logits = F.interpolate(logits.flip(-1) if flip else logits, image.shape[1:], mode='bilinear')
+        p = p + logits.softmax(dim=1)
+    return p[0].argmax(dim=0).cpu()
+
+
+def slide(model, images, size):
+    """Logits [B, C, H, W] of images [B, 3, H, W], by windows that overlap by a third; their mean where several lie."""
+    (H, W), total, n = images.shape[2:], 0, 0
+    images = F.pad(images, (0, max(0, size - W), 0, max(0, size - H)))  # as in training
+    high, wide = images.shape[2:]
+    for y, x in product(starts(high, size), starts(wide, size)):
+        around = (x, wide - size - x, y, high - size - y)
+        total = total + F.pad(model(images[..., y:y + size, x:x + size]).float(), around)
+        n = n + F.pad(images.new_ones(size, size), around)
+    return (total / n)[..., :H, :W]
+
+
+def starts(n, size):
+    """Where windows start on a side of n >= size pixels; the last one ends where the side does."""
+    stride = size * 2 // 3
+    return [min(start, n - size) for start in range(0, n - size + stride, stride)]
 
 
 # ---- One run --------------------------------------------------------------------------------------------
 
 
 def make_model(config, classes):
-    """The backbone with its weights and what the method tunes; the rest requires no gradient. Adds `backbone` to the
-    settings, what its weights are: the first digits of their SHA-256, without a head."""
+    """The backbone with its weights and what the method tunes, with SETR's heads for masks; the rest requires no
+    gradient. Adds `backbone` to the settings, what its weights are: the first digits of their SHA-256, without a head."""
     torch.manual_seed(config.seed)
-    whole, weights = config.tune in ('all', 'bias', 'head'), config.weights
+    masked, weights = config.source in data.MASKED, config.weights
+    whole = config.tune in ('all', 'bias', 'head') and not masked
     if not weights:
         raise InputError(f'{config.model} has no weights of its own: name a file with --weights FILE, or ask for '
                          'random values with --weights random')
@@ -189,10 +265,16 @@ def make_model(config, classes):
         if not name.startswith('head.'):
             found.update(name.encode() + (b'' if x.is_meta else x.numpy().tobytes()))
     config.backbone = found.hexdigest()[:12]
+    model = tuned_by(config, model, classes)
+    return ivpt.SETR(model, classes) if masked else model
+
+
+def tuned_by(config, model, classes):
+    """What the method makes of the backbone."""
     if config.tune == 'prompts':
         tuned = ivpt.IVPTSwin if isinstance(model, vit.Swin) else ivpt.IVPT
         return tuned(model, classes, config.N, config.k, config.structure, config.aggregation, config.reinforcement)
-    if not whole:
+    if ':' in config.tune:
         return from_file(config.tune, model.requires_grad_(False), classes, config)
     if config.tune == 'head':
         model.requires_grad_(False).head.requires_grad_(True)
@@ -273,7 +355,7 @@ def run(config, again=False):
     take_place(folder)
     config.precision, why = number_format(config, device)
     task = data.load(config)
-    model = make_model(config, len(task.classes)).to(device)
+    model = synchronised(make_model(config, len(task.classes)).to(device), device)
     vars(config).update(data.digest(task, config))
     if not again and (result := read_result(folder)):
         same_settings(result['config'], config, folder)
@@ -306,6 +388,15 @@ def run(config, again=False):
     return result
 
 
+def synchronised(model, device):
+    """The model, whose batch norms, if any, see the whole batch of the processes that share a run."""
+    if parts()[1] == 1 or not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
+        return model
+    if device.type not in ('cuda', 'xpu'):
+        raise InputError(f'{device}: torch synchronises no batch norm there, so no run is shared: leave out torchrun')
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 class Diverged(InputError):
     """The learning rate is too high."""
 
@@ -330,19 +421,21 @@ def packed(tensors, config):
 
 def finish(folder, model, score, task, config, records, device):
     """Score the model as the last epoch left it; print, write and return the result."""
-    params, loss, guess = packed(trained(model), config), records[-1]['loss'], math.log(len(task.classes))
+    params, loss, masked = packed(trained(model), config), records[-1]['loss'], config.source in data.MASKED
+    guess = math.log(len(task.classes)) * (1 + 4 * ivpt.AUXILIARY if masked else 1)  # of all heads
     result = {'task': config.task, 'model': config.model, 'method': config.method, 'seed': config.seed,
-              'score_on': config.score_on, 'accuracy': accuracy(model, score, config, device), 'images': len(score),
+              'score_on': config.score_on, **evaluate(model, score, config, device), 'images': len(score),
               'trained_parameters': count(model), 'final_loss': loss,
               'seconds': sum(record['seconds'] for record in records), 'classes': task.classes,
               'config': vars(config), 'params_digest': digest(params), **environment(device)}
     write(folder / 'params.pth', params)
     write_result(folder, result)
     paper = config.paper_accuracy if config.score_on == 'test' else 0
-    say(f'{config.score_on} accuracy after the last epoch: {100 * result["accuracy"]:.2f}% of {len(score)} images'
+    say(f'{config.score_on} {"mIoU" if masked else "accuracy"} after the last epoch: '
+        f'{100 * result["accuracy"]:.2f}% of {len(score)} images'
         f'{f"; the paper: {paper}%" if paper else ""}{is_random(vars(config))}. {folder}\n')
     if loss > guess:
-        say(f'{folder} has learned nothing: its last loss, {loss:.3g}, is above that of a guess, ln C = {guess:.3g}. '
+        say(f'{folder} has learned nothing: its last loss, {loss:.3g}, is above that of a guess, {guess:.3g}. '
             f'Lower the learning rate: --set lr={config.lr / 4:g}')
     return result
 
@@ -371,7 +464,8 @@ def header(config, task, model, device, why):
     parts, size = trained(model), sum(p.numel() for p in model.parameters())
     sizes = ', '.join(f'{name} {list(p.shape)}' for name, p in parts.items())
     sizes = sizes if len(parts) < 6 else f'{len(parts)} tensors'
-    paper = f'; the paper, mean over VTAB-1k: {config.paper_params:.2f}M' if config.paper_params else ''
+    where = '' if config.source in data.MASKED else ', mean over VTAB-1k'
+    paper = f'; the paper{where}: {config.paper_params:.2f}M' if config.paper_params else ''
     table_18 = f' (the paper: {config.paper_backbone_params:g}M)' if config.paper_backbone_params else ''
     say(f'task      {config.task}: {len(task.train)} + {len(task.val)} images for training and validation, '
         f'{len(task.test)} for testing, {len(task.classes)} classes')
@@ -703,13 +797,15 @@ def collect(folder, tasks, models, methods, seeds):
             complain(f'{path} is damaged and is left out; run it again')
             whole = False
             continue
-        key = tuple(result['config'][name] for name in ('model', 'task', 'method', 'seed'))
+        model, task, *run = key = tuple(result['config'][name] for name in ('model', 'task', 'method', 'seed'))
         wanted = all(not names or name in names for name, names in zip(key, (models, tasks, methods, seeds)))
         main = path.parent.name != AGAIN and not result['config'].get('point')  # and not a point of a sweep
         if wanted and main and result['score_on'] == 'test':
             if key in results:
                 raise InputError(f'{path}: there are two results of {", ".join(map(str, key))}; move one away')
             results[key] = result
+            if 'multi_scale' in result:
+                results[model, f'{task}_ms', *run] = result | {'accuracy': result['multi_scale']}
     if not results and whole:
         raise InputError(f'{folder}: no finished run of what is named; train it first, or name the folder with '
                          '--set runs=DIR')
@@ -730,6 +826,7 @@ def report(configs, folder, names=None, models=None, methods=None, seeds=None):
         say(f'{backbone}:')
         tasks = {task for task, *_ in mine}
         shown = columns(configs, names or [name for name in configs['tasks'] if name in tasks])
+        shown = [column for name in shown for column in (name, f'{name}_ms') if column in {name, *tasks}]
         found = {method for _, method, _ in mine}
         known = [name for name in configs['methods'] if name in found]
         table(configs, mine, shown, methods or known + sorted(found - {*known}))
@@ -792,7 +889,7 @@ def with_noise(runs, rates, device, changes, code):
         try:
             config, classes, model = open_run(folder, device, changes, code)
             task, result = task_of(config, folder), read_result(folder)
-            scores = {f'{rate:g}': accuracy(model, task.test, config, device, rate) for rate in rates}
+            scores = {f'{rate:g}': evaluate(model, task.test, config, device, rate)['accuracy'] for rate in rates}
             write_result(folder, result | {'noise': result.get('noise', {}) | scores})
             for rate, score in zip(rates, scores.values()):
                 found.setdefault(curve_of(config), {rate: [] for rate in rates})[rate].append(score)
@@ -839,6 +936,33 @@ def show(folders, files, path, device, changes, code):
     strips = [head] + [strip for _, *row in rows for strip in row]
     to_pil_image(torch.cat(strips, dim=1)).save(path)
     say(f"the class token's attention in each layer, and outlined what AR reinforces after it: {path}")
+
+
+def show_masks(folders, files, path, device, changes, code):
+    """Draw, in three columns, four test pictures of each finished run, their masks and its answers, and write it to
+    path; or, for files of the user's, its answer over each of them, in the run's folder (4.4)."""
+    tiles = []
+    for folder in folders:
+        config, classes, model = open_run(folder, device, changes, code)
+        if config.source not in data.MASKED:
+            raise InputError(f'{folder}: its pictures have no masks; draw it apart')
+        for file in files:
+            image, place = data.read_image(file, None), folder / f'{Path(file).stem}-mask.png'
+            answer = segment(model, image, config, device)
+            to_pil_image(painted(image, answer, len(classes))).save(place)
+            say(f'{place}: ' + ', '.join(f'{classes[c]} {(answer == c).float().mean():.1%}' for c in answer.unique()))
+        test = [] if files else task_of(config, folder).test
+        for image, mask in (test[i] for i in range(min(4, len(test)))):
+            answers = [painted(image, x, len(classes)) for x in (mask, segment(model, image, config, device))]
+            tiles += [resize(x, [TILE, TILE]) for x in (image, *answers)]
+    if tiles:
+        to_pil_image(make_grid(tiles, nrow=3, pad_value=255)).save(path)
+        say(f'pictures, their masks, and the answers of {", ".join(map(str, folders))}: {path}')
+
+
+def painted(image, mask, n):
+    """An image, uint8 [3, H, W], under the colours of n classes: mask [H, W] has their ids."""
+    return draw_segmentation_masks(image, mask == torch.arange(n).view(-1, 1, 1), alpha=0.6)
 
 
 def open_run(folder, device, changes=None, code=()):
@@ -1124,7 +1248,9 @@ RULES = {
     'paper_backbone_params': between(0, 1e6),
     'tune': (lambda x: x in TUNES or '.py:' in x, f'is one of {", ".join(TUNES)}, FILE.py:NAME'),
     'score_on': one_of('test', 'val'),
-    'augment': one_of('crop_flip', 'none'), 'optimizer': one_of('SGD', 'AdamW'),
+    'augment': one_of('crop_flip', 'scale_crop', 'none'), 'schedule': one_of('cosine', 'poly'),
+    'scales': (lambda x: all(type(scale) in (int, float) and 0 < scale <= 4 for scale in x), 'has numbers from 0 to 4'),
+    'optimizer': one_of('SGD', 'AdamW'),
     'save_dtype': one_of('float32', 'float16'), 'structure': one_of(*ivpt.STRUCTURES),
     'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'readout': one_of('cls', 'mean'), 'source': one_of(*data.SOURCES),
     'torchvision': one_of('', *data.TORCHVISION), 'aggregation': ANY, 'device': TEXT, 'task': TEXT,
@@ -1220,7 +1346,7 @@ def arguments(argv, defaults):
     what.add_argument('--noise', metavar='RATES', help='test finished runs on noisy images: 0,0.1,0.2')
     what.add_argument('--sweep', metavar='NAME=VALUES', help='the run at each value of a setting, drawn: N=1,5,10,50')
     what.add_argument('--loss', action='store_true', help='draw the loss of runs by epoch')
-    what.add_argument('--show', action='store_true', help='draw the attention of finished runs (Figure 7)')
+    what.add_argument('--show', action='store_true', help='draw the attention of finished runs (Figure 7), or masks')
     parser.add_argument('--run', metavar='DIR', help='with --show, --image or --noise: the folder of the run')
     what.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend',
                       help='classify these images by a finished run, and draw its attention')
@@ -1295,8 +1421,9 @@ def command(args, changes, configs):
     if args.noise is not None:
         return with_noise(folders, proportions(args.noise), device, changes, code)
     if args.show or args.image:
-        path = Path(os.path.commonpath(folders)) / 'attention.png'
-        show(folders, args.image, path, device, changes, code)
+        sources = {result['config'].get('source') for folder in folders if (result := read_result(folder))}
+        draw, name = (show_masks, 'masks.png') if sources & {*data.MASKED} else (show, 'attention.png')
+        draw(folders, args.image, Path(os.path.commonpath(folders)) / name, device, changes, code)
         return 0
     results, status = run_all(runs, args.again, args.search)
     for result in results if len(results) > 1 else []:

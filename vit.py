@@ -38,6 +38,8 @@ SIZES = {
     'huge': (1280, 32, 16),
 }
 
+IGNORED = 255  # in a mask, the label of a pixel that counts nowhere
+
 log = logging.getLogger('ivpt')
 
 
