@@ -956,7 +956,8 @@ def show_masks(folders, files, path, device, changes, code):
             answers = [painted(image, x, len(classes)) for x in (mask, segment(model, image, config, device))]
             tiles += [resize(x, [TILE, TILE]) for x in (image, *answers)]
     if tiles:
-        to_pil_image(make_grid(tiles, nrow=3, pad_value=255)).save(path)
+        grid = make_grid(tiles, nrow=3, pad_value=255)
+        to_pil_image(torch.cat([caption(['picture', 'mask', 'answer'], grid), grid], dim=1)).save(path)
         say(f'pictures, their masks, and the answers of {", ".join(map(str, folders))}: {path}')
 
 

@@ -283,7 +283,7 @@ def test_test_pictures_are_looked_at_once_after_the_last_epoch(tmp_path, monkeyp
 def test_the_saved_parameters_are_those_that_were_trained_alone_and_give_the_same_logits(method, tmp_path):
     kept = {}
 
-    def accuracy(model, pictures, config, device):
+    def accuracy(model, pictures, config, device, noise):
         kept.update(model=model.eval())
         return 0.5
     config = tiny(method=method, runs=str(tmp_path), img_size=24)
