@@ -353,6 +353,8 @@ def folders(config):
     root, notes = Path(config.data), [f'images in {config.data}']
     train, classes = read_folder(root / 'train', notes)
     test, val = read_folder(root / 'test', notes, classes)[0], None
+    if config.classes not in (0, len(classes)):
+        raise InputError(f'{root / "train"}: {len(classes)} classes, and not {config.classes}')
     if (root / 'val').is_dir():
         val = read_folder(root / 'val', notes, classes)[0]
     else:

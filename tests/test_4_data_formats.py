@@ -506,6 +506,11 @@ def test_a_folder_that_lacks_something_is_refused(parts, said, tmp_path):
     assert f'{tmp_path}/{said}' in refusal('folder', tmp_path)
 
 
+def test_classes_that_are_said_and_not_there_are_refused(tmp_path):
+    own(tmp_path, train={'cat': 2, 'dog': 2}, test={'cat': 1})
+    assert f'{tmp_path}/train: 2 classes, and not 3' in refusal('folder', tmp_path, classes=3)
+
+
 def test_a_class_without_a_picture_is_refused_by_name(tmp_path):
     own(tmp_path, train={'cat': 2}, test={'cat': 1})
     (tmp_path / 'train' / 'empty').mkdir()
