@@ -1244,8 +1244,8 @@ RULES = {
     'epochs': between(1, 10 ** 6), 'batch': between(1, 10 ** 6), 'workers': COUNT,
     'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
-    'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4), 'look': one_of(*data.LOOKS),
-    'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
+    'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4),
+    'look': one_of(*data.LOOKS), 'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
     'paper_backbone_params': between(0, 1e6),
     'tune': (lambda x: x in TUNES or '.py:' in x, f'is one of {", ".join(TUNES)}, FILE.py:NAME'),
     'score_on': one_of('test', 'val'),
@@ -1412,7 +1412,7 @@ def command(args, changes, configs):
     runs = [config for task, model, seed, point in product(tasks, models or [None], seeds or [defaults['seed']], points)
             for config in settings(configs, task, args.method, model, changes | {'seed': seed} | point)]
     if args.sweep is not None:
-        return sweep(runs, *points[0], args.again)
+        return sweep(runs, args.sweep.partition('=')[0], args.again)
     folders = [Path(args.run)] if args.run else list(dict.fromkeys(map(folder_of, runs)))
     if args.loss:
         draw_loss(runs, Path(os.path.commonpath(folders)) / 'loss.png')
