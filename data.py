@@ -556,8 +556,18 @@ def ade20k(config):
         raise InputError(f'classes={config.classes}: ADE20K has {ADE20K_CLASSES}')
     root = Path(config.data) / 'ADEChallengeData2016'
     parts = (*draw(partners(root, 'training'), config), partners(root, 'validation'))
-    names = [str(i + 1) for i in range(ADE20K_CLASSES)]  # as in its objectInfo150.txt
-    return compared(parts, names, f'ADE20K in {root}', config)
+    return compared(parts, names_in(root / 'objectInfo150.txt'), f'ADE20K in {root}', config)
+
+
+def names_in(path):
+    """The names of ADE20K's classes: the first one in the last column of its table; numbers where that is missing."""
+    if not path.exists():
+        return [str(i + 1) for i in range(ADE20K_CLASSES)]
+    rows = path.read_text(encoding='utf-8', errors='replace').splitlines()
+    names = [row.split('\t')[-1].split(',')[0].strip() for row in rows[1:]]
+    if len(names) != ADE20K_CLASSES:
+        raise InputError(f'{path}: {len(names)} names, and not {ADE20K_CLASSES}; unpack the data again')
+    return names
 
 
 def partners(root, part):

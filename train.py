@@ -166,28 +166,23 @@ def accuracy(model, pictures, config, device, noise=0.0):
         mine = Subset(pictures, range(len(pictures))[rank::world])
     for images, labels in data.batches(mine, config, device):
         if noise:
-            images = mix(images, noise, generator)
+            images = (1 - noise) * images + noise * torch.randn(images.shape, generator=generator).to(device)
         with autocast(device, config):
             right += (model(images).argmax(dim=1) == labels).sum()
     return summed(right).item() / len(pictures)
 
 
-def mix(images, noise, generator):
-    """Normalised images with a proportion of noise."""
-    return (1 - noise) * images + noise * torch.randn(images.shape, generator=generator).to(images.device)
-
-
 # ---- Masks: scores of each pixel (4.4) ------------------------------------------------------------------
 
 
-def evaluate(model, pictures, config, device, noise=0.0):
+def evaluate(model, pictures, config, device):
     """The scores of a result: `accuracy`, which of masks is the mIoU, beside `pixel_accuracy` and, in a test at several
     `scales`, `multi_scale`, the mIoU again."""
     if config.source not in data.MASKED:
-        return {'accuracy': accuracy(model, pictures, config, device, noise)}
-    K = confusion(model, pictures, config, device, [1.0], noise)
+        return {'accuracy': accuracy(model, pictures, config, device)}
+    K = confusion(model, pictures, config, device, [1.0])
     found = {'accuracy': mean_iou(K), 'pixel_accuracy': (K.trace() / K.sum()).item()}
-    if config.scales and config.score_on == 'test' and not noise:
+    if config.scales and config.score_on == 'test':
         found['multi_scale'] = mean_iou(confusion(model, pictures, config, device, config.scales))
     return found
 
@@ -199,26 +194,25 @@ def mean_iou(K):
     return (K.diagonal() / (K.sum(0) + K.sum(1) - K.diagonal())).nanmean().item()
 
 
-def confusion(model, pictures, config, device, scales, noise=0.0):
+def confusion(model, pictures, config, device, scales):
     """K [C, C]: how many pixels of class i, the row, were taken for class j, in all pictures."""
     model.eval()
-    (rank, world), generator, C = parts(), torch.Generator().manual_seed(0), model.num_classes
+    (rank, world), C = parts(), model.num_classes
     mine, K = range(len(pictures))[rank::world], torch.zeros(C * C, dtype=torch.int64)
     for image, mask in data.decoded(pictures.__getitem__, mine, data.workers_of(config)):
-        answer, known = segment(model, image, config, device, scales, noise, generator), mask != vit.IGNORED
+        answer, known = segment(model, image, config, device, scales), mask != vit.IGNORED
         K += torch.bincount(C * mask[known].long() + answer[known], minlength=C * C)
     return summed(K.to(device)).view(C, C).cpu().double()
 
 
 @torch.no_grad()
-def segment(model, image, config, device, scales=(1.0,), noise=0.0, generator=None):
+def segment(model, image, config, device, scales=(1.0,)):
     """The class of each pixel of an image, uint8 [3, H, W] -> [H, W]. Its shorter side is taken to each of the scales
     times the model's size; of several, and of the mirror image at each, the mean of probabilities counts."""
     (mean, std), p, flips = data.moments(config, device), 0, [False, True] if len(scales) > 1 else [False]
     for scale, flip in product(scales, flips):
         short = round(scale * config.img_size)
         x = (resize(image.to(device), [short], max_size=4 * short).unsqueeze(0) - mean) / std
-        x = mix(x, noise, generator) if noise else x
         with autocast(device, config):
             logits = slide(model, x.flip(-1) if flip else x, config.img_size)
         logits = F.interpolate(logits.flip(-1) if flip else logits, image.shape[1:], mode='bilinear')
@@ -889,7 +883,9 @@ def with_noise(runs, rates, device, changes, code):
         try:
             config, classes, model = open_run(folder, device, changes, code)
             task, result = task_of(config, folder), read_result(folder)
-            scores = {f'{rate:g}': evaluate(model, task.test, config, device, rate)['accuracy'] for rate in rates}
+            if config.source in data.MASKED:
+                raise InputError(f'{folder}: Figure 4 is about classes of pictures, and this is segmentation')
+            scores = {f'{rate:g}': accuracy(model, task.test, config, device, rate) for rate in rates}
             write_result(folder, result | {'noise': result.get('noise', {}) | scores})
             for rate, score in zip(rates, scores.values()):
                 found.setdefault(curve_of(config), {rate: [] for rate in rates})[rate].append(score)

@@ -228,13 +228,12 @@ def test_miou_and_pixel_accuracy_are_those_of_a_loop_over_pixels(n, seed):
     assert found == pytest.approx({'accuracy': sum(ratios) / len(ratios), 'pixel_accuracy': right / labelled})
 
 
-@pytest.mark.parametrize('scales, score_on, noise, expected', [
-    ([], 'test', 0.0, [[1.0]]), ([0.5, 2.0], 'test', 0.0, [[1.0], [0.5, 2.0]]), ([0.5, 2.0], 'val', 0.0, [[1.0]]),
-    ([0.5, 2.0], 'test', 0.1, [[1.0]])])
-def test_a_test_alone_is_at_several_scales_too(scales, score_on, noise, expected, monkeypatch):
+@pytest.mark.parametrize('scales, score_on, expected', [
+    ([], 'test', [[1.0]]), ([0.5, 2.0], 'test', [[1.0], [0.5, 2.0]]), ([0.5, 2.0], 'val', [[1.0]])])
+def test_a_test_alone_is_at_several_scales_too(scales, score_on, expected, monkeypatch):
     seen, tables = [], iter([torch.eye(2), torch.ones(2, 2)])
-    monkeypatch.setattr(train, 'confusion', lambda model, pictures, config, device, scales, noise=0.0: seen.append(scales) or next(tables))
-    found = train.evaluate(None, [], settings(scales=scales, score_on=score_on), CPU, noise)
+    monkeypatch.setattr(train, 'confusion', lambda model, pictures, config, device, scales: seen.append(scales) or next(tables))
+    found = train.evaluate(None, [], settings(scales=scales, score_on=score_on), CPU)
     assert seen == expected and found['accuracy'] == found['pixel_accuracy'] == 1
     assert found.get('multi_scale') == (pytest.approx(1 / 3) if len(expected) == 2 else None)
 
@@ -442,6 +441,17 @@ def test_bad_pictures_are_one_line_with_the_files_name_before_training(spoil, sa
     assert '\n' not in str(error.value)
 
 
+def test_the_classes_have_the_names_that_lie_beside_the_pictures(tmp_path):
+    root = ade(tmp_path)
+    assert data.load(ade_settings(tmp_path)).classes[:2] == ['1', '2']
+    rows = [f'{i + 1}\t0.1\t1\t1\t0\tthing {i}, object {i}  ' for i in range(150)]
+    (root / 'objectInfo150.txt').write_text('\n'.join(['Idx\tRatio\tTrain\tVal\tStuff\tName', *rows]) + '\n')
+    assert data.load(ade_settings(tmp_path)).classes == [f'thing {i}' for i in range(150)]
+    (root / 'objectInfo150.txt').write_text('\n'.join(rows))
+    with pytest.raises(InputError, match='objectInfo150.txt: 149 names, and not 150'):
+        data.load(ade_settings(tmp_path))
+
+
 def test_ade20k_has_150_classes(tmp_path):
     with pytest.raises(InputError, match='classes=20: ADE20K has 150'):
         data.load(ade_settings(tmp_path, classes=20))
@@ -529,12 +539,16 @@ def test_the_answer_is_painted_over_a_photo_in_its_own_size(runs, tmp_path, caps
     assert 'a-mask.png: ' in out and '%' in out and any(name in out for name in ('other', *data.SHAPES))
 
 
-def test_a_finished_run_answers_as_when_it_was_scored_and_noise_is_a_score_too(runs, capsys):
+def test_a_finished_run_answers_as_when_it_was_scored(runs):
     folder = runs / 'shapes_masks' / NANO / 'linear' / 'seed0'
-    result = train.read_result(folder)
-    assert train.main(['--run', str(folder), '--noise', '0,0.7']) == 0
-    noisy = train.read_result(folder)['noise']
-    assert noisy['0'] == result['accuracy'] and set(noisy) == {'0', '0.7'} and 'multi_scale' not in result
+    config, _, model = train.open_run(folder, CPU)
+    again, result = train.evaluate(model, data.load(config).test, config, CPU), train.read_result(folder)
+    assert again.items() <= result.items() and {*again} == {'accuracy', 'pixel_accuracy'}
+
+
+def test_noise_is_for_classification(runs, capsys):
+    assert train.main(['--run', str(runs / 'shapes_masks' / NANO / 'linear' / 'seed0'), '--noise', '0,0.7']) == 2
+    assert 'this is segmentation' in capsys.readouterr().err
 
 
 def test_a_search_takes_the_best_miou(tmp_path):
