@@ -398,7 +398,7 @@ def test_the_later_one_of_defaults_model_task_method_and_command_line_wins():
     ('grain=2.5', 'grain', 2.5), ('N=010', 'N', 10), ('runs=/x/h #1', 'runs', '/x/h #1'), ('runs=null', 'runs', 'null'),
     ('runs=~/x', 'runs', os.path.expanduser('~/x')), ('cache_gb=0.5', 'cache_gb', 0.5), ('weights=', 'weights', '')])
 def test_any_setting_can_be_given_on_the_command_line(said, name, value):
-    _, changes = train.arguments(['--set', said], CONFIGS['defaults'])
+    _, changes = train.arguments(['--set', said])
     config, = train.settings(CONFIGS, 'where_blue', 'ivpt', changes=changes)
     assert getattr(config, name) == value and isinstance(getattr(config, name), type(value))
 

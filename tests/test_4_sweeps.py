@@ -268,7 +268,7 @@ def test_a_damaged_result_is_told_and_left_where_it_is_and_the_status_says_so(re
     for seed in range(2):
         results('x', 'vpt', seed, 0.5)
     file = tmp_path / 'x/vit_base_patch16_224.m/vpt/seed0/result.json'
-    file.write_text(file.read_text().replace('"accuracy": 0.5', '"accuracy": 0.9'))
+    file.write_text(file.read_text()[:-9])
     assert train.report(REPORTED, tmp_path) == 2
     out, err = capsys.readouterr()
     assert table(out)[2][2] == '50.0' and f'{file} is damaged' in err and err.count('\n') == 1 and file.exists()
