@@ -360,7 +360,8 @@ def header(config, task, model, device, why):
         say(f'          {note}')
     say(f'backbone  {config.model} at {config.img_size} pixels, {size / 1e6:.2f}M parameters in all'
         f'{table_18}, weights {config.weights} ({config.backbone})')
-    say(f'pixels    {config.normalisation}')
+    say(f'pixels    mean {config.mean}, std {config.std}; if the weights were trained with others: '
+        '--set mean=[...] std=[...]')
     say(f'method    {config.method}, seed {config.seed}: {count(model) / 1e6:.3f}M trained ({sizes}){paper}')
     say('device    {device}, {threads} threads, torch {torch}, torchvision {torchvision}'.format(**environment(device)))
     say(f'numbers   {config.precision}: {why}')
@@ -386,8 +387,8 @@ def say(line):
 # ---- The files of a run: whole at every moment, and found out if they are not ----------------------------
 
 CHECKPOINTS = ('checkpoint-0.pth', 'checkpoint-1.pth')  # after an even and an odd number of epochs
-FREE = {'data', 'weights', 'runs', 'point', 'workers', 'device', 'cache_gb', 'grid', 'normalisation', 'paper_accuracy',
-        'paper_params', 'paper_backbone_params'}  # settings that change no number of a run; paths have digests instead
+FREE = {'data', 'weights', 'runs', 'point', 'workers', 'device', 'cache_gb', 'grid', 'paper_accuracy', 'paper_params',
+        'paper_backbone_params'}  # settings that change no number of a run; paths have digests instead
 AGAIN = 'again'  # in a run's folder: the same run, made anew, until it has ended
 
 
@@ -531,8 +532,8 @@ def run_all(runs, again, searching):
         first.setdefault((config.task, config.model, config.method), config)
     jobs = [point for config in first.values() for point in points(config) if searching] + runs
     (store, turns), said = take_turns(len(jobs), runs[0].device), set()
-    for config in map(jobs.__getitem__, turns):
-        result = None  # what the others see of a run that failed
+    for i in turns:
+        config, result = jobs[i], None  # what the others see of a run that failed
         try:
             if searching and not config.point:
                 key = config.task, config.model, config.method
@@ -618,25 +619,23 @@ def spread(values):
 
 
 def collect(folder, tasks, models, methods, seeds):
-    """The test results below a folder by (model, task, method, seed), and whether all files were whole. A result
-    counts as what it says of itself, wherever it lies. No tasks, models, methods or seeds: all."""
-    results, whole = {}, True
+    """The test results below a folder by (model, task, method, seed). A result counts as what it says of itself,
+    wherever it lies. No tasks, models, methods or seeds: all."""
+    results = {}
     for path in sorted(folder.rglob('result.json')):
         result = read_result(path.parent)
         if not result:
-            complain(f'{path} is damaged and is left out; run it again')
-            whole = False
-            continue
+            raise InputError(f'{path} is damaged; give the command of its run again')
         key = tuple(result['config'][name] for name in ('model', 'task', 'method', 'seed'))
         wanted = all(not names or name in names for name, names in zip(key, (models, tasks, methods, seeds)))
         if wanted and result['score_on'] == 'test' and path.parent.name != AGAIN:
             if key in results:
                 raise InputError(f'{path}: there are two results of {", ".join(map(str, key))}; move one away')
             results[key] = result
-    if not results and whole:
+    if not results:
         raise InputError(f'{folder}: no finished run of what is named; train it first, or name the folder with '
                          '--set runs=DIR')
-    return results, whole
+    return results
 
 
 def report(configs, folder, names=None, models=None, methods=None, seeds=None):
@@ -644,8 +643,8 @@ def report(configs, folder, names=None, models=None, methods=None, seeds=None):
     paper's with the difference, where it has one for just this backbone: a table for each. A group is the mean of its
     members, and empty as long as one is missing. Below a table, what its runs differ in beside method and seed.
 
-    names: of tasks and groups. What is not given is all that has been run. Returns the exit status."""
-    results, whole = collect(folder, names and tasks_of(configs, names), models, methods, seeds)
+    names: of tasks and groups. What is not given is all that has been run."""
+    results = collect(folder, names and tasks_of(configs, names), models, methods, seeds)
     backbones = {}
     for (model, *key), result in results.items():
         backbones.setdefault(model + is_random(result['config']), {})[tuple(key)] = result
@@ -658,7 +657,6 @@ def report(configs, folder, names=None, models=None, methods=None, seeds=None):
         table(configs, mine, shown, methods or known + sorted(found - {*known}))
         for task in shown:
             say_differences(task, [result for (name, *_), result in mine.items() if name == task])
-    return 0 if whole else 2
 
 
 def table(configs, results, shown, methods):
@@ -814,27 +812,17 @@ def settings(configs, task, method=None, model=None, changes=None):
     model = model or of_task.get('model', defaults['model'])
     of_model = entry(configs, 'models', model)
     for name in dict.fromkeys(str(method or of_task.get('method', defaults['method'])).split(',')):
-        config, source, own = dict(defaults), dict.fromkeys(defaults, 'defaults'), entry(configs, 'methods', name)
+        config, own = dict(defaults), entry(configs, 'methods', name)
         known = own | defaults if ':' in own.get('tune', '') else defaults  # a method in a file has settings of its own
         for where, layer in ((f'models: {model}', of_model), (f'tasks: {task}', of_task),
                              (f'methods: {name}', own), ('--set', changes)):
             config |= {key: checked(key, value, known, where) for key, value in layer.items()}
-            source |= dict.fromkeys(layer, where)
         config |= {'task': task, 'method': name, 'model': model, 'point': ''}
         config['img_size'] = config['img_size'] or vit.parse_name(model)[2]
-        config['normalisation'] = normalisation(config, source, of_model)
         config['paper_accuracy'] = published(configs, config, task) or 0.0
         config['paper_params'] = published(configs, config, 'params') or 0.0
         runs.append(SimpleNamespace(**config))
     return runs
-
-
-def normalisation(config, source, of_model):
-    """A line on what pixels are normalised with, and from where that is. It is a property of the weights."""
-    line = 'mean {mean}, std {std}, of '.format(**config) + ' and '.join(dict.fromkeys((source['mean'], source['std'])))
-    if config['weights'] in ('random', of_model.get('weights')) or source['mean'] == source['std'] == '--set':
-        return line
-    return f'{line}; if {config["weights"]} was trained with others: --set mean=[...] std=[...]'
 
 
 def published(configs, config, column):
@@ -878,14 +866,6 @@ def colours(x):
     return len(x) == 3 and all(type(c) in (int, float) and abs(c) < 1e6 for c in x)
 
 
-def palette(x):
-    return x and len(set(x)) == len(x) and set(x) <= set(data.COLOURS)
-
-
-def grid(x):
-    return x and all(type(values) is list and values for values in x.values())
-
-
 ANY = (lambda x: True, '')
 FOLDER = (bool, 'is the name of a folder')
 COUNT = (lambda x: x == 'auto' or x.isdecimal() and int(x) <= 1024, 'is auto, or a number from 0 to 1024')
@@ -905,13 +885,14 @@ RULES = {
     'augment': one_of('crop_flip', 'none'), 'optimizer': one_of('SGD', 'AdamW'),
     'save_dtype': one_of('float32', 'float16'), 'structure': one_of(*ivpt.STRUCTURES),
     'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'readout': one_of('cls', 'mean'), 'source': one_of(*data.SOURCES),
-    'torchvision': one_of('', *data.TORCHVISION), 
+    'torchvision': one_of('', *data.TORCHVISION),
     'precision': one_of('auto', 'float32', 'bfloat16', 'float16'), 'data': FOLDER, 'runs': FOLDER,
     **dict.fromkeys(('task', 'method', 'model', 'weights', 'dir', 'images', 'ask', 'device', 'aggregation'), ANY),
-    'colours': (palette, f'is some of {", ".join(data.COLOURS)}'),
+    'colours': (lambda x: 0 < len(x) == len(set(x) & set(data.COLOURS)), f'is some of {", ".join(data.COLOURS)}'),
     'mean': (colours, 'is three numbers, one a colour'),
     'std': (lambda x: colours(x) and min(x) > 0, 'is three numbers, one a colour, above 0'),
-    'grid': (grid, 'is a list of values for each setting')}
+    'grid': (lambda x: x and all(type(values) is list and values for values in x.values()),
+             'is a list of values for each setting')}
 
 
 def checked(key, value, defaults, where):
@@ -1031,8 +1012,8 @@ def command(args, changes, configs):
         for section, names in (('tasks', tasks_of(configs, tasks)), ('methods', methods), ('models', models)):
             for name in names:
                 entry(configs, section, name)
-        folder = Path(checked('runs', changes.get('runs', defaults['runs']), defaults, '--set'))
-        return report(configs, folder, tasks, models, methods, seeds)
+        report(configs, Path(changes.get('runs', defaults['runs'])), tasks, models, methods, seeds)
+        return 0
     runs = [config for task, model, seed in product(tasks_of(configs, tasks or [defaults['task']]), models or [None],
                                                     seeds or [defaults['seed']])
             for config in settings(configs, task, args.method, model, changes | {'seed': seed})]

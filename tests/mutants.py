@@ -449,7 +449,7 @@ MUTANTS = [
     ('a suffix that no entry has is taken', 'train.py', "if section == 'models' and '.' not in name", "if section == 'models'", INPUT),
     ("the paper's numbers beside any file", 'train.py', "Path(config['weights'].partition('#')[0]).name != Path(weights).name", 'False', SWEEPS),
     ("the paper's numbers beside any image size", 'train.py', "config['img_size'] != vit.parse_name(config['model'])[2]", 'False', SWEEPS),
-    ('a damaged result is passed over', 'train.py', '            whole = False\n', '', SWEEPS),
+    ('a damaged result is passed over', 'train.py', '        if not result:\n            raise', '        if not result:\n            continue\n            raise', SWEEPS),
     ('what runs differ in is not said', 'train.py', '        if len(values) > 1:\n            say', '        if False:\n            say', SWEEPS),
     ('the edge of the grid is not said', 'train.py', 'in (min(values), max(values))', 'in ()', SWEEPS),
     ('gamma decays', 'train.py', " or name.startswith('gamma')", '', LOOP),

@@ -191,7 +191,7 @@ def test_other_settings_are_refused_with_the_difference_and_again_takes_them(sto
     assert train.run(changed, again=True)['config'].items() >= changes.items()
 
 
-FREE = ['data', 'runs', 'point', 'workers', 'device', 'cache_gb', 'grid', 'weights', 'normalisation', 'paper_accuracy', 'paper_params',
+FREE = ['data', 'runs', 'point', 'workers', 'device', 'cache_gb', 'grid', 'weights', 'paper_accuracy', 'paper_params',
         'paper_backbone_params']
 
 
