@@ -452,8 +452,7 @@ QUESTIONS = {  # the answer's number in pictures i [n] of a scene s, for the col
     'shape': lambda s, i, c: s.shape[i, c],
     'colour': lambda s, i, c: in_cell(s, c),
     'side': lambda s, i, c: 1 + np.sign(s.cell[i, c] % 3 - s.cell[i, 0] % 3),  # of the first colour
-    'count': lambda s, i, c: s.there.sum(axis=1) - 1,
-    'smallest': lambda s, i, c: s.radius.argmin(axis=1)}
+    'count': lambda s, i, c: s.there.sum(axis=1) - 1}
 ASKED = tuple(QUESTIONS)[:4]  # by a frame, in pre-training
 
 
@@ -462,7 +461,7 @@ def names_of(question, colours):
     if question == 'frame':
         return [name for asked in ASKED for name in names_of(asked, colours)]
     return {'where': CELLS, 'size': ['small', 'large'], 'shape': SHAPES, 'colour': [*colours, 'nothing'],
-            'side': ['left', 'above or below', 'right'], 'smallest': list(colours),
+            'side': ['left', 'above or below', 'right'],
             'count': [str(n + 1) for n in range(len(colours))]}[question]
 
 
@@ -470,7 +469,7 @@ def shapes(config):
     """Pictures of shapes with the question `ask`: QUESTION_COLOUR, colour (in the centre), count, or frame."""
     question = config.ask.partition('_')[0]
     pairs = product(('where', 'size', 'shape', 'side'), config.colours)
-    known = ['frame', 'colour', 'count', 'smallest', *map('_'.join, pairs)]
+    known = ['frame', 'colour', 'count', *map('_'.join, pairs)]
     if config.ask not in known:
         raise InputError(f'ask={config.ask}: with the colours {", ".join(config.colours)} one of {", ".join(known)}')
     sets = []

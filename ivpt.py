@@ -130,7 +130,10 @@ class Express(nn.Module):
 
 # ---- The model ------------------------------------------------------------------------------------------
 
-STRUCTURES = ('vpt_shallow', 'vpt', 'provp', 'express', 'vanilla_cdc', 'cdc')  # in the order of Figure 3
+STRUCTURES = {  # in the order of Figure 3. P -> P̂ [L, N, D]; if inherited: tokens, P, l -> those that enter layer l
+    'vpt_shallow': lambda tokens, P, l: tokens, 'vpt': lambda P: P,
+    'provp': lambda tokens, P, l: add_last(tokens, P[l]), 'express': lambda tokens, P, l: tokens,
+    'vanilla_cdc': vanilla_cdc, 'cdc': cdc}
 INHERITED = ('vpt_shallow', 'provp', 'express')  # those whose prompts are tokens, updated by every layer
 REINFORCEMENTS = ('topk', 'all', 'none')  # Table 4
 
@@ -224,11 +227,7 @@ class IVPT(nn.Module):
 
     def connect(self, P, gamma=None):
         """The structure's P̂ [L, N, D] of prompts P [L, N, D] and, with DA, gamma [L-1, N, N]."""
-        if self.structure == 'vpt':
-            return P
-        if self.structure == 'vanilla_cdc':
-            return vanilla_cdc(P)
-        return cdc(P) if gamma is None else cdc_da(P, gamma)
+        return STRUCTURES[self.structure](P) if gamma is None else cdc_da(P, gamma)
 
     def choose(self, w):
         """Ω of Eq. 14, or all places for Table 4's All: w [..., M] -> [..., k]."""
@@ -258,9 +257,9 @@ class IVPT(nn.Module):
         tokens = self.vit.embed(images)
         tokens = torch.cat([tokens, self.P[0].expand(len(tokens), -1, -1)], dim=1)  # [B, 1 + M + N, D]
         for l, layer in enumerate(self.vit.blocks):
-            if self.structure == 'provp' and l > 0:
-                tokens = add_last(tokens, self.P[l])  # P̂^l = P^l + 𝒯^{l-1}(P̂^{l-1})
-            if self.structure == 'express':
+            if l > 0:
+                tokens = STRUCTURES[self.structure](tokens, self.P, l)
+            if self.express is not None:
                 tokens, _ = self.express[l](layer, tokens, need_weights=False)
             elif l + 1 < len(self.vit.blocks):
                 tokens, _ = layer(tokens, need_weights=False)

@@ -107,19 +107,21 @@ def make_optimizer(model, config):
     groups = [{'params': []}, {'params': [], 'weight_decay': 0.0}]
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[not decays(name, config)]['params'].append(p)
+            groups[not decays(name, p, config)]['params'].append(p)
     groups = [group for group in groups if group['params']]
     if config.optimizer == 'SGD':
         return torch.optim.SGD(groups, config.lr, config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
 
 
-def decays(name, config):
+def decays(name, p, config):
     """Whether weight decay pulls a parameter to 0. As in VPT's code it leaves the head's bias alone, and with AdamW
-    every bias. γ is left alone too: it starts as the identity, and decay would take CDC's connection away."""
+    every bias; of a method in a file AdamW leaves alone all vectors: timm's rule, that of the published SSF and SPT.
+    γ is left alone too: it starts as the identity, and decay would take CDC's connection away."""
     if name in ('head.bias', 'head.fc.bias') or name.startswith('gamma'):
         return False
-    return config.optimizer == 'SGD' or not name.endswith('bias')
+    vector = name.endswith('bias') or ('.py:' in config.tune and p.ndim < 2)
+    return config.optimizer == 'SGD' or not vector
 
 
 def autocast(device, config):

@@ -4,6 +4,7 @@
     python tests/bench.py --precision float32,auto --prompts 10,50,200 --json FILE
     python tests/bench.py --device cuda --precision bfloat16 --batch 64
     python tests/bench.py --variants "iVPT 10,iVPT 200" --rounds 60       these and the plain ViT alone
+    python tests/bench.py --variants lora,ssf      methods of configs.yaml, with their settings there
     python tests/bench.py --loop where_blue        images/s of train.py's loop beside the model's alone
 
 All variants run in one process, in each number format, round after round, in a random order each time, first the
@@ -35,6 +36,7 @@ import train
 import vit
 from ivpt import IVPT, IVPTSwin, reinforce_, top_k
 
+CONFIGS = train.read_configs()
 METHODS = {
     'VPT': dict(structure='vpt', aggregation=False, reinforcement='none'),
     'CDC': dict(structure='cdc', aggregation=False, reinforcement='none'),
@@ -65,8 +67,15 @@ class Concatenated(torch.nn.Module):
 
 
 def build(variant, args):
-    """A variant by its name: 'plain', or 'METHOD N' with or without ' concatenated'."""
+    """A variant by its name: 'plain', 'METHOD N' with or without ' concatenated', or a method of configs.yaml, with its
+    settings there, and prepared where it has a `prepare`."""
     torch.manual_seed(0)
+    if variant != 'plain' and ' ' not in variant:
+        config, = train.settings(CONFIGS, 'where_blue', variant, args.model, {'weights': 'random', 'k': args.k})
+        model = train.make_model(config, args.classes).to(args.device)
+        if hasattr(model, 'prepare'):
+            model.prepare([batch(args)])
+        return model
     backbone = vit.build(args.model, num_classes=args.classes if variant == 'plain' else 0)
     if variant == 'plain':
         backbone.requires_grad_(False)
@@ -83,11 +92,11 @@ def build(variant, args):
 def step(model, images, labels, precision):
     """One training step: forward, backward, SGD."""
     with train.autocast(images.device, argparse.Namespace(precision=precision)):
-        loss = F.cross_entropy(model(images), labels)
+        loss = F.cross_entropy(model.train()(images), labels)
     loss.backward()
     with torch.no_grad():
         for p in model.parameters():
-            if p.requires_grad:
+            if p.grad is not None:  # of EXPRESS and SPT some numbers are never read
                 p.sub_(p.grad, alpha=1e-6)
                 p.grad = None
 
@@ -156,18 +165,16 @@ def peak_memory(variant, precision, args):
             step(model, *data, precision)
         return torch.cuda.max_memory_allocated()
     command = [sys.executable, __file__, '--only', variant, '--model', args.model, '--batch', str(args.batch),
-               '--k', str(args.k), '--precision', precision]
+               '--k', str(args.k), '--classes', str(args.classes), '--precision', precision]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def multiply_adds(variant, args):
+def multiply_adds(model, args):
     """Multiply-adds of the forward pass, by torch's counter, an image's share of a batch (a batch shares the
     keys and values of its prompts): in all, and in linear maps alone."""
-    with torch.device('meta'):
-        model = build(variant, argparse.Namespace(**vars(args) | {'device': 'meta'})).requires_grad_(False)
-        size = vit.parse_name(args.model)[2]
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(args.batch, 3, size, size))
+    images, _ = batch(args)
+    with FlopCounterMode(display=False) as counter:
+        model.eval().requires_grad_(False).to('meta')(images.to('meta'))
     counts = counter.get_flop_counts()['Global']
     linear = sum(n for op, n in counts.items() if any(word in str(op) for word in ('addmm', 'convolution', '.mm')))
     return counter.get_total_flops() / 2 / args.batch, linear / 2 / args.batch
@@ -175,7 +182,7 @@ def multiply_adds(variant, args):
 
 def loop(task, changes, rounds):
     """Images/s of train.py's loop on a task, and of the same steps on one batch of random tensors, in turn."""
-    config, = train.settings(train.read_configs(), task, 'ivpt', changes.pop('model', None),
+    config, = train.settings(CONFIGS, task, 'ivpt', changes.pop('model', None),
                              changes | {'epochs': rounds + 1, 'lr': 1e-9})
     device = train.find_device()
     config.precision, _ = train.number_format(config, device)
@@ -213,7 +220,7 @@ def main():
     parser.add_argument('--prompts', default='10', help='N, or several: 10,50,200')
     parser.add_argument('--k', type=int, default=10)
     parser.add_argument('--classes', type=int, default=100)
-    parser.add_argument('--variants', help='these alone: "iVPT 10,iVPT 50 concatenated"')
+    parser.add_argument('--variants', help='these alone: "iVPT 10,iVPT 50 concatenated,lora,ssf"')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--json', type=Path)
     parser.add_argument('--loop', metavar='TASK')
@@ -222,6 +229,7 @@ def main():
     args = parser.parse_args()
     if args.only:
         model, data = build(args.only, args), batch(args)
+        Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew: that of `prepare` is not that of training
         for _ in range(3):
             step(model, *data, args.precision)
         status = Path('/proc/self/status').read_text()  # Linux; getrusage would count the parent's peak as well
@@ -236,7 +244,7 @@ def main():
     variants = args.variants.split(',') if args.variants else [f'{method} {N}{how}' for N in Ns for method, how in (
         ('VPT', ' concatenated'), ('iVPT', ' concatenated'), ('VPT', ''), ('CDC', ''), ('iVPT', ''))
         if not (how and args.model.startswith('swin'))]
-    config, = train.settings(train.read_configs(), 'where_blue', 'ivpt', args.model, {'weights': 'random'})
+    config, = train.settings(CONFIGS, 'where_blue', 'ivpt', args.model, {'weights': 'random'})
     formats = [train.number_format(argparse.Namespace(**vars(config) | {'precision': name}), torch.device(args.device))[0]
                for name in args.precision.split(',')]
     rows = timings(['plain', *variants], list(dict.fromkeys(formats)), args)
@@ -245,22 +253,26 @@ def main():
           'rounds; ratios to the plain frozen ViT in the same format | in float32')
     print('| variant, N | format | training step | ratio | | inference | ratio | | peak memory | ratio | trained | G multiply-adds'
           ' | linear alone | Table 8 |\n' + '| --- ' * 14 + '|')
-    plain = {}
+    plain, table_8 = {}, TABLE_8 if args.model.startswith('vit_base_patch16_224') else {}
     for row in rows:
         name, precision = row['variant'], row['precision']
         row['memory'] = peak_memory(name, precision, args)
         plain.setdefault(precision, row['memory'])  # it comes first
-        row['trained'] = sum(p.numel() for p in build(name, args).parameters() if p.requires_grad)
-        row['multiply_adds'], row['linear_multiply_adds'] = multiply_adds(name, args)
+        model = build(name, args)
+        row['trained'] = train.count(model)
+        row['multiply_adds'], row['linear_multiply_adds'] = multiply_adds(model, args)
         times = [f'{row[f"{kind}_seconds"]:.3f} s | {row[kind]:.3f} ({row[f"{kind}_quartiles"][0]:.2f}-'
                  f'{row[f"{kind}_quartiles"][1]:.2f}) | {row[f"{kind}_to_float32_plain"]:.3f}' for kind in ('training', 'inference')]
         print(f'| {name} | {precision} | {times[0]} | {times[1]} | {row["memory"] / 2 ** 20:.0f} MiB '
-              f'| {row["memory"] / plain[precision]:.3f} | {row["trained"] / 1e6:.2f}M | {row["multiply_adds"] / 1e9:.2f} '
-              f'| {row["linear_multiply_adds"] / 1e9:.2f} | {TABLE_8.get(name.split()[0], "")} |', flush=True)
+              f'| {row["memory"] / plain[precision]:.3f} | {row["trained"] / 1e6:.3f}M '
+              f'| {row["multiply_adds"] / 1e9:.2f} | {row["linear_multiply_adds"] / 1e9:.2f} | {table_8.get(name.split()[0], "")} |', flush=True)
     if args.json:
         args.json.write_text(json.dumps({'settings': vars(args) | {'json': str(args.json), 'device_name': device},
                                          'rows': rows}, indent=1))
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except vit.InputError as error:
+        sys.exit(f'bench.py: {error}')

@@ -100,18 +100,19 @@ def psi(gamma, P):
     return torch.stack(rows)
 
 
+CONNECTED = {  # P̂^l of P^l, of P^{l-1}, mixed by ψ or not, and of P̂^{l-1}
+    'vpt': lambda P, before, P_hat_before: P,
+    'vanilla_cdc': lambda P, before, P_hat_before: P + P_hat_before,
+    'cdc': lambda P, before, P_hat_before: P + before,
+}
+
+
 def prompts(structure, P, gamma=None):
     """P̂ of Eq. 2 ('vpt'), of vanilla CDC, of Eq. 4 or, with gamma, of Eq. 5, layer by layer."""
-    P_hat = [P[0]]
+    P_hat, connect = [P[0]], CONNECTED[structure]
     for l in range(1, len(P)):
-        if structure == 'vpt':
-            P_hat.append(P[l])
-        elif structure == 'vanilla_cdc':
-            P_hat.append(P[l] + P_hat[l - 1])
-        elif gamma is None:
-            P_hat.append(P[l] + P[l - 1])
-        else:
-            P_hat.append(P[l] + psi(gamma[l - 1], P[l - 1]))
+        before = P[l - 1] if gamma is None else psi(gamma[l - 1], P[l - 1])
+        P_hat.append(connect(P[l], before, P_hat[l - 1]))
     return P_hat
 
 
@@ -134,7 +135,7 @@ def reinforce(Z, Omega, P_re):
 
 def ivpt(model, images):
     """The whole model: its logits, and of every layer the saliency w [B, M] and, where AR acts, Omega."""
-    if model.structure in ('vpt_shallow', 'provp', 'express'):
+    if model.structure in INHERITED:
         return inherited(model, images)
     P_hat = prompts(model.structure, model.P, model.gamma)
     x = embed(model.vit, images)
@@ -154,6 +155,13 @@ def ivpt(model, images):
 # ---- 4.3 Prompts that are inherited ---------------------------------------------------------------------
 
 
+INHERITED = {  # P̂^l of 𝒯^{l-1}(P̂^{l-1}), of P and of l
+    'vpt_shallow': lambda out, P, l: out,
+    'provp': lambda out, P, l: out + P[l],
+    'express': lambda out, P, l: out,
+}
+
+
 def inherited(model, images):
     """VPT-shallow, ProVP and EXPRESS, image by image. As `ivpt`, and P̂ [B, L, N, D] that entered each layer."""
     N, D = model.P.shape[1:]
@@ -163,8 +171,8 @@ def inherited(model, images):
         z_cls, P, Z = x[:, :1], model.P[:1], x[:, 1:]
         w, entered = [], []
         for l, block in enumerate(model.vit.blocks):
-            if model.structure == 'provp' and l > 0:
-                P = P + model.P[l]
+            if l > 0:
+                P = INHERITED[model.structure](P, model.P, l)
             entered.append(P[0])
             residuals = {}
             if model.structure == 'express':

@@ -1,16 +1,14 @@
 """Table 1 on one page: the systems that the paper compares itself with, each on the same frozen ViT.
 
-A system is a function of the plain ViT without its head, the number of classes and the settings s. It returns a module
-from images [B, 3, H, W] to logits [B, C]; what requires a gradient in it is trained. A system comes in at these seams
-of the ViT, where x enters a part and y leaves it. The other letters are those of vit.py.
+A system is a function of the plain ViT without its head, the number of classes and the settings s, to a module from
+images [B, 3, H, W] to logits [B, C]. Formulas, initial values and settings are those of the authors' code, or of their
+paper where the two differ. Its seams in the ViT, where x enters a part and y leaves it (other letters: vit.py):
 
     after(part, f)                       y <- f(y)
     beside(part, f)                      y <- y + f(x)
     layer.shortcut1, layer.shortcut2     around MSA, around the MLP: x <- f(x)
     layer.between                        between the two, for branch and shortcut: x <- f(x)
     layer.prompts                        further tokens f(x) [B, n, D] for MSA's keys and values
-
-Formulas, initial values and settings are those of the authors' code, or of their paper where the two differ.
 """
 
 from bisect import bisect_right
@@ -19,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vit import init_linear
+from vit import InputError, Swin, init_linear
 
 
 def after(part, f):
@@ -71,6 +69,8 @@ class Tuned(nn.Module):
 
     def __init__(self, vit, num_classes, s):
         super().__init__()
+        if isinstance(vit, Swin):
+            raise InputError('the systems of Table 1 are made for a plain ViT, and this is a Swin')
         self.vit, self.s = vit.requires_grad_(False), s
         vit.blocks = nn.ModuleList(Layer(x, s.drop_path * l / max(1, vit.L - 1)) for l, x in enumerate(vit.blocks))
         self.head = nn.Linear(vit.D, num_classes)

@@ -599,11 +599,6 @@ def test_count_is_how_many_are_there_and_only_then_some_are_missing():
     assert np.bincount(count, minlength=5)[1:].min() > 25
 
 
-def test_smallest_is_the_colour_of_the_smallest_shape():
-    scene = data.arrange(300, 4, np.random.default_rng(0))
-    assert (draw('smallest', n=300)[1] == scene.radius.argmin(1)).all()
-
-
 def test_an_outline_is_hollow_and_lies_within_the_shape():
     whole, hollow = (of_colour(draw('where_red', look=look)[0], 'red') for look in ('plain', 'outlines'))
     assert not (hollow & ~whole).any() and hollow.sum() < 0.7 * whole.sum()
@@ -696,7 +691,7 @@ def test_the_questions_are_asked_about_the_same_pictures_but_not_about_those_of_
 
 @pytest.mark.parametrize('ask', ['where_purple', 'pink', 'where', 'count_red', 'when_red'])
 def test_a_question_that_is_none_is_refused(ask):
-    with pytest.raises(InputError, match=f'{ask}:.*red, green, blue, yellow.*frame, colour, count, smallest, where_red'):
+    with pytest.raises(InputError, match=f'{ask}:.*red, green, blue, yellow.*frame, colour, count, where_red'):
         data.load(tiny(ask=ask))
 
 

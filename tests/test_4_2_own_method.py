@@ -94,8 +94,9 @@ def test_a_run_belongs_to_the_code_of_its_method(file, tmp_path, capfd):
         assert err.count('\n') == 1 and 'code' in err
 
 
-def test_it_goes_on_where_it_was_interrupted(file, tmp_path, monkeypatch):
-    argv = '--method', f'{file}:shift'
+@pytest.mark.parametrize('method', ['FILE:shift', 'sct', 'spt'])
+def test_it_goes_on_where_it_was_interrupted(method, file, tmp_path, monkeypatch):
+    argv = '--method', method.replace('FILE', str(file))
     assert run(tmp_path / 'whole', *argv, **SMALL) == 0
 
     def stopped(*args, whole=train.train):
@@ -146,15 +147,39 @@ def test_only_files_that_the_user_names_are_run(tmp_path, capfd):
 
 # ---- Table 1's other systems, from configs.yaml to result.json ------------------------------------------
 
-TABLE_1 = {name: method for name, method in CONFIGS['methods'].items() if '.py:' in method.get('tune', '')}
+TABLE_1 = {name: CONFIGS['methods'][name] for name in SETTINGS}
 
 
 def test_the_systems_of_table_1_are_methods_and_their_settings_are_those_that_they_are_tested_with():
-    assert set(TABLE_1) == {'adapter', 'adapter_vpt', 'lora', 'adaptformer', 'ssf', 'sct', 'fact', 'snf', 'bi_adapter', 'spt', 'e2vpt',
-                            'gapt'}
+    functions = {*SETTINGS} - {'adapter_vpt'}
+    assert {method['tune'] for method in TABLE_1.values()} == {f'tests/table_1.py:{name}' for name in functions}
     for name, settings in SETTINGS.items():
         own = {key: value for key, value in settings.items() if key in TABLE_1[name]}
         assert own and own == {key: TABLE_1[name][key] for key in own}, name
+
+
+@pytest.mark.parametrize('method, decayed', [
+    ('ssf', set()), ('spt', {'A', 'B', 'cls_token'}), ('adapter', {'W', 'U'}), ('snf', {'w', 'u'}),
+    ('gapt', {'P', 'a', 'tau'})])  # VPT's rule with SGD
+def test_adamw_decays_matrices_alone_and_sgd_all_but_the_heads_bias(method, decayed):
+    config = tiny('where_blue', method, img_size=24, weight_decay=0.1)
+    model = train.make_model(config, 9)
+    groups = train.make_optimizer(model, config).param_groups
+    found = {id(p) for group in groups if group['weight_decay'] for p in group['params']}
+    names = {name.split('.')[-1] for name, p in model.named_parameters() if id(p) in found}
+    assert names == decayed | {'weight'}  # the head's
+
+
+@pytest.mark.parametrize('score_on', ['test', 'val'])
+@pytest.mark.parametrize('method, chosen', [('sct', '.I'), ('spt', '.at')])
+def test_sct_and_spt_choose_by_the_training_pictures_alone_and_keep_it_in_the_checkpoint(method, chosen, score_on, tmp_path):
+    config = tiny('where_blue', method, runs=str(tmp_path), img_size=24, epochs=1, score_on=score_on)
+    train.run(config)
+    trained = train.read_checkpoint(train.folder_of(config) / 'checkpoint-1.pth', config)['trained']
+    model = train.make_model(config, 9)
+    model.prepare(data.batches(data.load(config).train, config, torch.device('cpu')))
+    of_train = {name: x for name, x in model.state_dict().items() if name.endswith(chosen)}
+    assert of_train and all(x.equal(trained[name]) for name, x in of_train.items())
 
 
 @pytest.mark.parametrize('method', TABLE_1)

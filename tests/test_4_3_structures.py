@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import CONFIGS, no_network, tiny  # noqa: F401
+from pictures import no_network, tiny  # noqa: F401
 
+import ivpt
 import oracle
 import train
 import vit
@@ -46,6 +47,24 @@ def zero_(model, *parameters):
 def test_each_structure_is_its_literal_concatenation_in_logits_and_gradients(method, case):
     """4.3, layer by layer, image by image, with all outputs computed."""
     oracle.compare(model_of(case, method), case.images(), case.normal('cotangent', case.B, case.C))
+
+
+def test_a_structure_is_the_function_of_its_name(monkeypatch):
+    monkeypatch.setitem(ivpt.STRUCTURES, 'twice', lambda P: 2 * P)
+    model = random_model(SMALL, 'twice', aggregation=False, reinforcement='none')
+    assert torch.equal(model.prompts(), 2 * model.P)
+
+
+@pytest.mark.parametrize('inherits', [False, True])
+def test_a_structure_without_a_function_raises_and_is_no_other_in_silence(inherits, monkeypatch):
+    """Neither CDC nor VPT-shallow, nor in the literal form."""
+    monkeypatch.setitem(ivpt.STRUCTURES, 'mine', None)
+    monkeypatch.setattr(ivpt, 'INHERITED', ivpt.INHERITED + inherits * ('mine',))
+    model = random_model(SMALL, 'mine', aggregation=False, reinforcement='none')
+    with pytest.raises(TypeError, match='not callable'):
+        model(SMALL.images())
+    with pytest.raises(KeyError, match='mine'):
+        oracle.ivpt(model, SMALL.images())
 
 
 # ---- Whether images have a part in prompts --------------------------------------------------------------
@@ -324,11 +343,6 @@ COUNTS = {
     'ivpt_all': N * D * L + N * N * (L - 1) + M * D * (L - 1) + LINEAR,
     'ivpt': N * D * L + N * N * (L - 1) + k * D * (L - 1) + LINEAR,
 }
-
-
-def test_every_method_of_configs_yaml_is_counted_here():
-    others = {name for name, of in CONFIGS['methods'].items() if '.py:' in of.get('tune', '')}  # Table 1's: a test of their own
-    assert set(COUNTS) == set(CONFIGS['methods']) - {'pretrain'} - others  # pretrain is `full`
 
 
 @pytest.mark.parametrize('method', COUNTS)

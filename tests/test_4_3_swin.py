@@ -14,6 +14,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,9 +25,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import close
+from PIL import Image
+from pictures import run
 from strategies import METHODS, OTHERS, Case, cases, random_model, randomised
 
 import data
+import ivpt
+import train
 import vit
 from ivpt import IVPTSwin, cdc_da, look
 from vit import InputError
@@ -552,3 +557,25 @@ def test_prompts_on_a_small_swin_learn_some_pictures_of_shapes_while_it_stays_as
     first, last = losses(IVPTSwin(backbone, 9, N=10, k=4, **METHODS[method]), 0.03, 'where_red', n=32)
     assert last < 0.9 * first
     assert all(torch.equal(x, pretrained[name]) for name, x in backbone.state_dict().items())
+
+
+# ---- By the command line ---------------------------------------------------------------------------------
+
+
+def test_a_run_on_a_swin_is_shown_with_a_map_for_each_layer_of_each_stage(tmp_path):
+    argv = '--model', SMALL, '--method', 'vpt,ivpt'
+    assert run(tmp_path, *argv, epochs=1, n_test=2) == 0
+    assert train.main([*argv, '--show', '--set', f'runs={tmp_path}']) == 0
+    L = sum(n for n, *_ in vit.build(SMALL).sizes)
+    with Image.open(tmp_path / 'where_blue' / SMALL / 'attention.png') as drawn:
+        assert drawn.width == 2 + (1 + L) * (ivpt.TILE + 2)
+
+
+@pytest.mark.parametrize('method, said', [
+    ('vpt_shallow', "'vpt_shallow' inherits prompts"), ('provp', "'provp' inherits prompts"),
+    ('express', "'express' inherits prompts"),
+    ('lora', 'tests/table_1.py:lora.*plain ViT.*Swin'), ('gapt', 'tests/table_1.py:gapt.*plain ViT.*Swin')])
+def test_what_cannot_be_on_a_swin_is_refused_in_one_line_by_the_command_line(method, said, tmp_path, capfd):
+    assert run(tmp_path, '--model', SMALL, '--method', method) == 2
+    err = capfd.readouterr().err
+    assert err.count('\n') == 1 and re.search(said, err) and not list(tmp_path.rglob('result.json'))
