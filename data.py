@@ -1,12 +1,11 @@
 """Tasks: which pictures are trained on, which are tested on, and how they become batches.
 
 A picture is a pair (uint8 tensor [3, H, W], class id). A set of pictures is anything with a length and an index: a
-list where they are in memory, `Files` where they are decoded when asked for. Before that it is a sample: a pair (where
-it lies, class id).
+list where they are in memory, `Files` where they are decoded when asked for, by their samples: pairs (where the picture
+lies, class id).
 
-There is a reader for each layout: VTAB-1k's lists (Zhai et al., 2019: 1,000 training pictures, of which 200 serve for
-validation, all test ones), torchvision's data sets where those lists are missing, VPT's lists for FGVC (Jia et al.,
-2022), folders of your own, and pictures of shapes, which are drawn.
+There is a reader for each layout: VTAB-1k's lists (Zhai et al., 2019), torchvision's data sets where those lists are
+missing, VPT's lists for FGVC (Jia et al., 2022), folders of your own, and pictures of shapes, which are drawn.
 """
 
 import hashlib
@@ -47,14 +46,13 @@ class Task:
 
 
 def load(config):
-    """The task that the settings name. Raises InputError if its pictures are not there or not as they
-    should be, with what to put where."""
+    """The task that the settings name. Raises InputError, with what to put where, if pictures are missing or wrong."""
     return SOURCES[config.source](config)
 
 
 def digest(task, config):
-    """What tells a task's pictures from others: count and SHA-256 of the classes, and of the names, sizes in bytes and
-    labels of each set, in order. Names count from the data folder, which may move."""
+    """What tells a task's pictures from others: count and SHA-256 of the classes, and of names (within the data folder,
+    which may move), sizes in bytes and labels of each set, in order."""
     found = {'class names': task.classes}
     for part in ('train', 'val', 'test'):
         pictures = getattr(task, part)
@@ -86,10 +84,9 @@ class Place(NamedTuple):
 
 
 class Files(Dataset):
-    """Pictures that are decoded when asked for.
+    """Pictures that are decoded when asked for. samples: pairs (path or Place, class id). size: as of `read_image`.
 
-    samples: pairs (path or Place, class id). size: pixels of the shorter side after resizing, or (height,
-    width). Raises InputError with the file's name if one is missing or does not decode."""
+    Raises InputError with the file's name if one is missing or does not decode."""
 
     def __init__(self, samples, size):
         self.samples, self.size = samples, size
@@ -107,7 +104,7 @@ class Files(Dataset):
 
 
 def read_image(path, size):
-    """The image file at path, or the image of a Place, upright and in RGB, resized: uint8 [3, H, W]."""
+    """The image of a file or Place, upright and in RGB: uint8 [3, H, W]. size: pixels of the shorter side, or (H, W)."""
     try:
         with path.pictures[path.index][0] if isinstance(path, Place) else Image.open(path) as image:
             image = eight_bits(ImageOps.exif_transpose(image), image.format).convert('RGB')
@@ -128,32 +125,28 @@ def eight_bits(image, format):
 
 
 def resized(config):
-    """To what training and test images are resized, in pixels: VPT's 256 for a crop of 224, in
-    proportion; exactly the model's size where nothing is cropped."""
+    """The size of images before a crop: VPT's 256 for 224, in proportion; the model's own where nothing is cropped."""
     if config.augment == 'none':
         return (config.img_size, config.img_size)
     return round(config.img_size * 256 / 224)
 
 
-look = cache(lambda path: read_image(path, (1, 1)).shape)  # at a file that stays where it is: once for many runs
-
-
 def in_memory(pictures, config, device):
-    """Decode all pictures once, before training, so that a broken one does not end a run after hours: it raises
-    InputError with its name. They are kept as uint8, to be cropped and flipped on the device, if they fit into
-    `cache_gb`; on a GPU they take half of what is free, or stay on the CPU. Others stay in their files."""
+    """Decode all pictures once, before training: a broken one, which raises InputError with its name, does not end a
+    run after hours. If they fit into `cache_gb` they are kept as uint8, on a GPU if they fit into half of what is free
+    there. Others stay in their files."""
     if isinstance(pictures, list):
         return pictures
+    found = decoded(pictures.__getitem__, range(len(pictures)), workers_of(config))
     pixels = config.img_size ** 2 if config.augment == 'none' else 4 / 3 * resized(config) ** 2  # most are 4:3
-    if len(pictures) * 3 * pixels <= config.cache_gb * 1e9:
-        kept = list(decoded(pictures.__getitem__, range(len(pictures)), workers_of(config)))
-        if device.type == 'cuda' and sum(x.nbytes for x, _ in kept) > torch.cuda.mem_get_info(device)[0] / 2:
-            return kept
-        return [(image.to(device), label) for image, label in kept]
-    samples = [sample for part in getattr(pictures, 'datasets', [pictures]) for sample in part.samples]
-    for _ in decoded(look, [path for path, _ in samples if not isinstance(path, Place)], workers_of(config)):
-        pass
-    return pictures
+    if len(pictures) * 3 * pixels > config.cache_gb * 1e9:
+        for _ in found:
+            pass
+        return pictures
+    kept = list(found)
+    if device.type == 'cuda' and sum(x.nbytes for x, _ in kept) > torch.cuda.mem_get_info(device)[0] / 2:
+        return kept
+    return [(image.to(device), label) for image, label in kept]
 
 
 def workers_of(config):
@@ -165,8 +158,7 @@ def workers_of(config):
 
 def decoded(work, requests, workers):
     """Yield work(request) for each request, in order, done ahead by threads: Pillow decodes without Python's lock, and
-    threads need no shared memory and no open files, of which a container has few, and none can be killed alone. Where
-    none can be started, all is done here."""
+    threads need no shared memory, of which a container has little. Where none can be started, all is done here."""
     pool, waiting, rest = ThreadPoolExecutor(workers or 1), deque(), iter(requests)
     try:
         waiting.extend(pool.submit(work, request) for request in islice(rest, 2 * workers))
@@ -186,8 +178,7 @@ def decoded(work, requests, workers):
 
 
 def vtab(config):
-    """VTAB-1k in the layout that circulates: vtab-1k/DIR/ in the data folder, with images/, train800.txt,
-    val200.txt and test.txt. Where it is missing, torchvision's data set, if it has it."""
+    """VTAB-1k as its lists name it in vtab-1k/DIR/; where that is missing, torchvision's data set, if it has it."""
     root = Path(config.data) / 'vtab-1k' / config.dir
     if root.is_dir():
         parts = [read_list(root / name, config.classes) for name in ('train800.txt', 'val200.txt', 'test.txt')]
@@ -199,16 +190,12 @@ def vtab(config):
 
 
 def read_list(path, classes):
-    """Samples of a list file with lines as `images/train800/000000.jpg 7`, relative to its folder.
-
-    Raises InputError with the file and the line if a line has no class id below `classes`, or names a
-    file outside of the folder."""
+    """Samples of a list file with lines as `images/train800/000000.jpg 7`, relative to its folder. Raises InputError
+    with the file and the line if a line is none, names a file outside of the folder, or a class that there is not."""
     try:
         text = path.read_text(encoding='utf-8-sig').rstrip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f'{path}: not a readable list of images ({error})') from None
-    if not text:
-        raise InputError(f'{path}: the list is empty')
     samples = []
     for number, line in enumerate(text.split('\n'), start=1):
         match = re.fullmatch(r'(.*[^ \t])[ \t]+([0-9]{1,9})\s*', line)
@@ -222,10 +209,7 @@ def read_list(path, classes):
 
 
 def inside(folder, name, where):
-    """The path of a file that a list names. Raises InputError if the name leads out of the folder.
-
-    It is the name that is judged, not what is on disk: a link in the folder may lead elsewhere, since many
-    keep their images on another disk."""
+    """The path of a file that a list names. Raises InputError if the name leads out of the folder; a link in it may."""
     if Path(name).is_absolute() or '..' in Path(name).parts:
         raise InputError(f'{where}: {name!r} lies outside of {folder}')
     return folder / name
@@ -264,43 +248,38 @@ TORCHVISION = {
 def drawn(config, root):
     """VTAB-1k's protocol on torchvision's data set, downloaded when missing: n_train and n_val images of its
     training split, its whole test split. Where it has no splits, n_test images are held out first."""
-    splits, names = [], {}
-    for arguments in TORCHVISION[config.torchvision][2:]:
-        samples, classes = torchvision_split(config, root, arguments)
-        splits.append(samples)
-        names |= classes
+    splits = [torchvision_split(config, root, arguments) for arguments in TORCHVISION[config.torchvision][2:]]
+    (samples, classes), (test, _) = splits[0], splits[-1]
     if len(splits) == 1:
         samples = shuffled(sorted(samples))  # sorted: a folder has no order of its own
-        splits = samples[config.n_test:], samples[:config.n_test]
-    train, val = draw(splits[0], config)
-    note = (f"torchvision's {config.torchvision}: {len(train + val)} of {len(splits[0])} training images, drawn by us: "
+        samples, test = samples[config.n_test:], samples[:config.n_test]
+    train, val = draw(samples, config)
+    note = (f"torchvision's {config.torchvision}: {len(train + val)} of {len(samples)} training images, drawn by us: "
             'not the official VTAB-1k split')
-    return compared((train, val, splits[1]), [names.get(i, str(i)) for i in range(config.classes)], note, config)
+    return compared((train, val, test), classes, note, config)
 
 
 def torchvision_split(config, root, arguments):
-    """Samples of one split of torchvision's data set, and the names of its classes by their ids."""
+    """Samples of one split of torchvision's data set, and its classes: names, or numbers where it does not know all."""
     name, (folder, url, *_) = config.torchvision, TORCHVISION[config.torchvision]
     folder = Path(config.data) / folder
     try:
         pictures = getattr(torchvision.datasets, name)(config.data, download=True, **arguments)
         samples, classes = samples_of(pictures, name)
+        wrong = [f'{path} of class {label}' for path, label in samples if not 0 <= label < config.classes]
+        if wrong or not samples:
+            raise ValueError(f'{wrong[0] if wrong else "no image"} in {name} {list(arguments.values())}, whose classes '
+                             f'go from 0 to {config.classes - 1}')
     except Exception as error:  # no network, a moved file, a full disk, a cut annotation file
         raise InputError(
             f'{name} is not, or not whole, in {folder}, and could not be downloaded or read ({type(error).__name__}: '
             f"{error}). Unpack {url} there, or VTAB-1k's lists and images into {root}, or name the data folder with "
             '--data, or install the package that is missing; python train.py alone needs no download') from None
-    wrong = [f'{path} of class {label}' for path, label in samples if not 0 <= label < config.classes]
-    if wrong or not samples:
-        raise InputError(f'{folder}: {wrong[0] if wrong else "no image"} in {name} {list(arguments.values())}, whose '
-                         f'classes go from 0 to {config.classes - 1}; unpack it again')
-    ids = range(config.classes) if len(classes) == config.classes else sorted({label for _, label in samples})
-    return samples, dict(zip(ids, classes))
+    return samples, classes if len(classes) == config.classes else [str(i) for i in range(config.classes)]
 
 
 def samples_of(pictures, name):
-    """Samples of a torchvision data set and the names of its classes, as far as it has them. A picture that
-    is a file goes by its path, another by its place."""
+    """Samples of a torchvision data set and the names of its classes, if it has them."""
     if name == 'Caltech101':  # torchvision leaves out the background, which VTAB-1k counts as a class
         pictures = ImageFolder(Path(pictures.root) / '101_ObjectCategories')
     if isinstance(pictures, ImageFolder):  # EuroSAT too
@@ -322,8 +301,7 @@ def shuffled(samples):
 
 
 def draw(samples, config):
-    """n_train and n_val of the samples, always the same ones. With fewer samples than that, all of them, in
-    the same proportions."""
+    """n_train and n_val of the samples, always the same ones; of fewer samples all, in the same proportions."""
     wanted = config.n_train + config.n_val
     n_val = round(min(wanted, len(samples)) * config.n_val / wanted)
     chosen = shuffled(samples)[:wanted]
@@ -334,8 +312,7 @@ def draw(samples, config):
 
 
 def fgvc(config):
-    """Fine-grained classification with VPT's lists: fgvc/DIR/ in the data folder, with train.json, val.json
-    and test.json, and the images in its subfolder `images`. Classes are those of train.json, in order."""
+    """Fine-grained classification with VPT's lists in fgvc/DIR/. Classes are those of train.json, in order."""
     root = Path(config.data) / 'fgvc' / config.dir
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; put {config.task} there, and VPT's train.json, val.json and "
@@ -374,13 +351,11 @@ def read_json(path, folder):
 
 
 def folders(config):
-    """Images of your own: train/CLASS/*, test/CLASS/* and, if it is there, val/CLASS/* in the data folder.
-    Without val/, a fifth of train takes its place, always the same one."""
+    """Images of your own: train/CLASS/*, test/CLASS/* and val/CLASS/* in the data folder. Without val/, a fifth of
+    train takes its place, always the same one."""
     root, notes = Path(config.data), [f'images in {config.data}']
     train, classes = read_folder(root / 'train', notes)
     test, val = read_folder(root / 'test', notes, classes)[0], None
-    if config.classes not in (0, len(classes)):
-        raise InputError(f'{root / "train"}: {len(classes)} classes, and not {config.classes}')
     if (root / 'val').is_dir():
         val = read_folder(root / 'val', notes, classes)[0]
     else:
@@ -407,8 +382,6 @@ def read_folder(path, notes, classes=None):
     samples = [(file, label) for file, label in found if file.lower().endswith(IMG_EXTENSIONS)]
     if empty := sorted(set(range(len(names))) - {label for _, label in samples}):
         raise InputError(f'{path / names[empty[0]]}: no image for torchvision; it should hold *.jpg or the like')
-    if len({os.path.realpath(file) for file, _ in samples}) < len(samples):
-        raise InputError(f'{path}: a file is there twice by way of a link; is there a link that leads back?')
     if others := [file for file, _ in found if not file.lower().endswith(IMG_EXTENSIONS)]:
         notes.append(f'{len(others)} files in {path} are left out, no images for torchvision: {others[0]}')
     classes = names if classes is None else classes
@@ -587,7 +560,7 @@ def batches(pictures, config, device, epoch=None, part=slice(None)):
     part: which of each batch, where processes share them; one that has none of a batch gets its first picture."""
     generator = torch.Generator().manual_seed(1_000_003 * config.seed + (epoch or 0))
     order = range(len(pictures)) if epoch is None else torch.randperm(len(pictures), generator=generator).tolist()
-    draws = torch.rand(2 + 3 * len(order), generator=generator)[2:].view(-1, 3)  # the first two were another's once
+    draws = torch.rand(len(order), 3, generator=generator)
     mean, std = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (config.mean, config.std))
 
     def crops(start):

@@ -11,10 +11,7 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize
-from torchvision.utils import draw_bounding_boxes, make_grid
 
 from vit import InputError, Swin, attend, init_linear
 
@@ -249,7 +246,9 @@ class IVPT(nn.Module):
             if self.P_re is not None:
                 Omega = self.choose(w[:, 1:1 + self.M])  # among the image tokens
                 tokens = reinforce_(tokens, 1 + Omega, self.P_re[l])  # Eq. 15, z_cls stands at 0
-        return self.head(self.vit.read(self.vit.last(tokens, P_hat[-1])))  # Eq. 3
+        z_cls_alone = self.vit.readout == 'cls'
+        tokens, _ = self.vit.blocks[-1](tokens, P_hat[-1], need_weights=False, one_query=z_cls_alone)  # Eq. 3
+        return self.head(self.vit.read(tokens))
 
     def inherit(self, images):
         """The last layer's tokens, for `ViT.read`, where prompts are inherited: P̂ are the last N tokens,
@@ -261,10 +260,9 @@ class IVPT(nn.Module):
                 tokens = STRUCTURES[self.structure](tokens, self.P, l)
             if self.express is not None:
                 tokens, _ = self.express[l](layer, tokens, need_weights=False)
-            elif l + 1 < len(self.vit.blocks):
-                tokens, _ = layer(tokens, need_weights=False)
             else:
-                tokens = self.vit.last(tokens)
+                z_cls_alone = self.vit.readout == 'cls' and l + 1 == self.vit.L
+                tokens, _ = layer(tokens, need_weights=False, one_query=z_cls_alone)
         return tokens
 
 
@@ -328,7 +326,7 @@ def look(model, images):
     swin = isinstance(vit, Swin)
 
     def ask(layer, inputs, options):
-        return inputs, {'need_weights': True}
+        return inputs, options | {'need_weights': True}
 
     def hook(layer, inputs, outputs):
         rows.append(outputs[1] if swin else outputs[1][:, 1:1 + vit.M])
@@ -350,42 +348,3 @@ def look(model, images):
     P_hat = [torch.stack([*islice(P_hat, n)], dim=-3) for n in L] if P is not None else None
     return {'logits': logits} | {name: x if swin or x is None else x[0]
                                  for name, x in (('w', w), ('Omega', Omega), ('P_hat', P_hat))}
-
-
-# ---- Figure 7: where the class token looks ----------------------------------------------------------------
-
-TILE = 112  # pixels of a picture and of a map
-
-
-def tiles(image, seen, mean, std):
-    """An image [1, 3, H, W] as the model gets it and a map for each layer, side by side: uint8 [3, TILE, W]."""
-    mean, std = (torch.tensor(x, device=image.device).view(3, 1, 1) for x in (mean, std))
-    picture = ((image[0] * std + mean) * 255).round().clip(0, 255).to('cpu', torch.uint8)
-    row, w, Omega = [resize(picture, [TILE, TILE])], seen['w'], seen['Omega']
-    stages = w if isinstance(w, list) else [w]  # of a Swin there are several
-    for w, Omega in zip(stages, Omega if isinstance(Omega, list) else [Omega] * len(stages)):
-        for l, w_l in enumerate(w[0].float().cpu()):
-            reinforced = [] if Omega is None or l == Omega.shape[1] else Omega[0, l].tolist()
-            row.append(heat_map(row[0], w_l, reinforced))
-    return make_grid(torch.stack(row), nrow=len(row), padding=2, pad_value=255)
-
-
-def heat_map(picture, w, reinforced=()):
-    """Attention w [M], relative to its largest, as heat over a picture, uint8 [3, TILE, TILE], from black over
-    red and yellow to white; the patches whose numbers are in `reinforced` are outlined."""
-    side = round(len(w) ** 0.5)
-    w = resize((w / w.max()).view(1, side, side), [TILE, TILE], InterpolationMode.NEAREST)
-    heat = torch.cat([(3 * w - i).clip(0, 1) for i in range(3)])  # [3, TILE, TILE]
-    drawn = (0.4 * picture + 0.6 * 255 * heat).to(torch.uint8)
-    patch = TILE / side
-    boxes = torch.tensor([[i % side * patch, i // side * patch, (i % side + 1) * patch - 1, (i // side + 1) * patch - 1]
-                          for i in reinforced])
-    return draw_bounding_boxes(drawn, boxes, colors='cyan', width=2) if len(boxes) else drawn
-
-
-def caption(words, row):
-    """A white strip as wide as a row, with words at the left of the first tiles: uint8 [3, 18, W]."""
-    strip = Image.new('RGB', (row.shape[2], 18), 'white')
-    for i, text in enumerate(words):
-        ImageDraw.Draw(strip).text((4 + i * (TILE + 2), 1), text, fill='black', font=ImageFont.load_default(14))
-    return pil_to_tensor(strip)

@@ -5,6 +5,7 @@
     python train.py --task pets --method vpt --set lr=0.5 epochs=20
     python train.py --task natural --method vpt,ivpt --seed 0,1,2 --search      a sweep: search, train, test
     python train.py --report --task natural         what has been run, beside the paper's tables
+    python train.py --sweep N=1,5,10,50             a run at each value, drawn (Figure 5)
     python train.py --show --method vpt,ivpt        draw where their class tokens look
     python train.py --task pets --image cat.jpg     what a trained run takes a photo for
 
@@ -28,6 +29,7 @@ import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from itertools import product, takewhile
 from pathlib import Path
 from statistics import fmean, stdev
@@ -38,9 +40,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import yaml
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
+from torchvision.utils import draw_bounding_boxes, make_grid
 
 import data
 import ivpt
@@ -543,7 +547,7 @@ def run_all(runs, again, searching):
                 vars(config).update(best[key])
             result = run(config, again)
         except (InputError, torch.OutOfMemoryError) as error:
-            if config.point and isinstance(error, Diverged):
+            if config.point.startswith('search') and isinstance(error, Diverged):
                 result = {'accuracy': None}  # the point loses
             if str(error) not in said:
                 complain(error)
@@ -604,6 +608,37 @@ def search(config, store):
     return best
 
 
+def swept(text, changes):
+    """The settings of each point of --sweep NAME=V1,V2,...; one without settings if there is no --sweep."""
+    if text is None:
+        return [{}]
+    name, _, values = text.partition('=')
+    if name in FREE | {'task', 'method', 'model', 'seed'}:
+        raise InputError(f'--sweep {text}: {name} changes no number of a run, or names it; take another, as N or lr')
+    if name in changes:
+        raise InputError(f'--sweep {text}: {name} is given by --set too; leave one of the two out')
+    if not all(re.fullmatch(r'[\w.+-]+', value) for value in values.split(',')):  # they are names of folders
+        raise InputError(f'--sweep takes NAME=V1,V2,... with numbers or words, not {text!r}')
+    return [{name: value} for value in dict.fromkeys(values.split(','))]
+
+
+def sweep(runs, name, again):
+    """Train and test runs that differ in a setting, each in a folder below the run's, and draw their accuracies
+    (Figure 5). Returns the exit status."""
+    path = Path(os.path.commonpath(map(folder_of, runs))) / f'sweep-{name}.png'
+    for config in runs:
+        config.point = f'sweep/{name}={getattr(config, name)}'
+    runs = list({folder_of(config): config for config in runs}.values())  # a task may be in two groups
+    (results, status), found = run_all(runs, again, searching=False), {}
+    places = {point: x for x, point in enumerate(dict.fromkeys(config.point for config in runs))}
+    for result in results:
+        scores = found.setdefault(curve_of(SimpleNamespace(**result['config'])), {x: [] for x in places.values()})
+        scores[places[result['config']['point']]].append(result['accuracy'])
+    if found:
+        draw_accuracies(path, name, {x: point.partition('=')[2] for point, x in places.items()}, found)
+    return status
+
+
 def columns(configs, names):
     """Tasks, and after the tasks of a group the group, as the columns of a report: names may be of both."""
     return [column for name in names for column in (*columns(configs, configs['groups'].get(name, ())), name)]
@@ -630,7 +665,8 @@ def collect(folder, tasks, models, methods, seeds):
             raise InputError(f'{path} is damaged; give the command of its run again')
         key = tuple(result['config'][name] for name in ('model', 'task', 'method', 'seed'))
         wanted = all(not names or name in names for name, names in zip(key, (models, tasks, methods, seeds)))
-        if wanted and result['score_on'] == 'test' and path.parent.name != AGAIN:
+        main = path.parent.name != AGAIN and not result['config'].get('point')  # and not a point of a sweep
+        if wanted and main and result['score_on'] == 'test':
             if key in results:
                 raise InputError(f'{path}: there are two results of {", ".join(map(str, key))}; move one away')
             results[key] = result
@@ -717,15 +753,14 @@ def with_noise(runs, rates, device, changes, code):
             task, result = task_of(config, folder), read_result(folder)
             scores = {f'{rate:g}': accuracy(model, task.test, config, device, rate) for rate in rates}
             write_result(folder, result | {'noise': result.get('noise', {}) | scores})
-            key = config.task, config.model + is_random(vars(config)), f'`{config.method}`'
-            found.setdefault(key, []).append(scores.values())
+            for rate, score in zip(rates, scores.values()):
+                found.setdefault(curve_of(config), {rate: [] for rate in rates})[rate].append(score)
         except InputError as error:
             complain(error)
             status = 2
     if found:
-        say(markdown('task', 'model', 'method', map('{:g}'.format, rates)) + '\n' + '| --- ' * (3 + len(rates)) + '|')
-    for key, scores in found.items():
-        say(markdown(*key, map(spread, zip(*scores))))
+        path = Path(os.path.commonpath(runs)) / 'noise.png'
+        draw_accuracies(path, 'proportion of noise', {rate: f'{rate:g}' for rate in rates}, found)
     return status
 
 
@@ -751,15 +786,15 @@ def show(folders, files, path, device, changes, code):
             seen = ivpt.look(model, image)
             p, best = seen['logits'][0].float().softmax(dim=0).topk(min(5, len(classes)))
             truth = f', in truth {classes[label]}' if label >= 0 else ''
-            row = ivpt.tiles(image, seen, config.mean, config.std)
+            row = tiles(image, seen, config.mean, config.std)
             words = f'{config.method}: {classes[best[0]]}{truth}{is_random(vars(config))}'
-            rows.append((i, ivpt.caption([words], row), row))
+            rows.append((i, caption([words], row), row))
             if files:
                 say(f'{files[i]}, by {folder}: ' + ', '.join(f'{classes[c]} {100 * x:.1f}%' for x, c in zip(p, best)))
     if len({row.shape for *_, row in rows}) > 1:
         raise InputError('runs of models with different numbers of layers do not fit one picture: --show them apart')
     rows.sort(key=lambda row: row[0])  # the runs of an image stand together
-    head = ivpt.caption(['image'] + [f'layer {l}' for l in range(row.shape[2] // (ivpt.TILE + 2) - 1)], row)
+    head = caption(['image'] + [f'layer {l}' for l in range(row.shape[2] // (TILE + 2) - 1)], row)
     strips = [head] + [strip for _, *row in rows for strip in row]
     to_pil_image(torch.cat(strips, dim=1)).save(path)
     say(f"the class token's attention in each layer, and outlined what AR reinforces after it: {path}")
@@ -799,6 +834,133 @@ def task_of(config, folder):
         raise InputError(f'{folder} was trained and tested on other pictures than {config.data} has: {changed}; name '
                          'their folder with --data')
     return task
+
+
+# ---- Drawing -------------------------------------------------------------------------------------------
+
+TILE = 112  # pixels of a picture and of a map
+
+
+def tiles(image, seen, mean, std):
+    """An image [1, 3, H, W] as the model gets it and a map for each layer, side by side: uint8 [3, TILE, W]."""
+    mean, std = (torch.tensor(x, device=image.device).view(3, 1, 1) for x in (mean, std))
+    picture = ((image[0] * std + mean) * 255).round().clip(0, 255).to('cpu', torch.uint8)
+    row, w, Omega = [resize(picture, [TILE, TILE])], seen['w'], seen['Omega']
+    stages = w if isinstance(w, list) else [w]  # of a Swin there are several
+    for w, Omega in zip(stages, Omega if isinstance(Omega, list) else [Omega] * len(stages)):
+        for l, w_l in enumerate(w[0].float().cpu()):
+            reinforced = [] if Omega is None or l == Omega.shape[1] else Omega[0, l].tolist()
+            row.append(heat_map(row[0], w_l, reinforced))
+    return make_grid(torch.stack(row), nrow=len(row), padding=2, pad_value=255)
+
+
+def heat_map(picture, w, reinforced=()):
+    """Attention w [M], relative to its largest, as heat over a picture, uint8 [3, TILE, TILE], from black over
+    red and yellow to white; the patches whose numbers are in `reinforced` are outlined."""
+    side = round(len(w) ** 0.5)
+    w = resize((w / w.max()).view(1, side, side), [TILE, TILE], InterpolationMode.NEAREST)
+    heat = torch.cat([(3 * w - i).clip(0, 1) for i in range(3)])  # [3, TILE, TILE]
+    drawn = (0.4 * picture + 0.6 * 255 * heat).to(torch.uint8)
+    patch = TILE / side
+    boxes = torch.tensor([[i % side * patch, i // side * patch, (i % side + 1) * patch - 1, (i // side + 1) * patch - 1]
+                          for i in reinforced])
+    return draw_bounding_boxes(drawn, boxes, colors='cyan', width=2) if len(boxes) else drawn
+
+
+def caption(words, row):
+    """A white strip as wide as a row, with words at the left of the first tiles: uint8 [3, 18, W]."""
+    strip = Image.new('RGB', (row.shape[2], 18), 'white')
+    for i, text in enumerate(words):
+        ImageDraw.Draw(strip).text((4 + i * (TILE + 2), 1), text, fill='black', font=ImageFont.load_default(14))
+    return pil_to_tensor(strip)
+
+
+COLOURS = '#000000', '#d55e00', '#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9'
+
+
+def lines(path, x_name, y_name, x_ticks, curves):
+    """Draw curves, {(task, model, method, ...): [(x, mean, standard deviation), ...]}, and write them to path as PNG.
+    x_ticks: {x: what is written below it}. What all have in common, task or model, is the title."""
+    image = Image.new('RGB', (1600, 1000 + 50 * len(curves)), 'white')  # twice as large as the file: smooth lines
+    draw = ImageDraw.Draw(image)
+    text = partial(draw.text, fill='black', font=ImageFont.load_default(30))
+    rows = [row for curve in curves.values() for row in curve]
+    y_ticks = round_numbers(min(mean - s for _, mean, s in rows), max(mean + s for _, mean, s in rows))
+    x_at, y_at = scale(x_ticks, 200, 1500), scale(y_ticks, 850, 150)
+    common = [i < 2 and len(set(names)) == 1 for i, names in enumerate(zip(*curves))]
+    text((850, 40), ', '.join(itertools.compress([*curves][0], common)), anchor='mm')
+    text((140, 110), y_name, anchor='lm')
+    text((850, 950), x_name, anchor='mm')
+    for x, name in x_ticks.items():
+        draw.line([(x_at(x), 850), (x_at(x), 865)], 'black', 3)
+        text((x_at(x), 895), name, anchor='mm')
+    for y, name in y_ticks.items():
+        draw.line([(140, y_at(y)), (1560, y_at(y))], '#dddddd', 2)
+        text((125, y_at(y)), name, anchor='rm')
+    draw.line([(140, 150), (140, 850), (1560, 850)], 'black', 3)
+    for i, (key, curve) in enumerate(curves.items()):
+        colour, below = COLOURS[i % len(COLOURS)], 1000 + 50 * i
+        aside = 14 * (i - (len(curves) - 1) / 2) if any(s for *_, s in rows) else 0  # so that no bar hides another
+        points = [(x_at(x) + aside, y_at(mean)) for x, mean, _ in curve]
+        for (x, _), (_, mean, s) in zip(points, curve):
+            draw.line([(x, y_at(mean - s)), (x, y_at(mean + s))], colour, 3)
+        for line in points, [(180, below), (250, below), (320, below)]:
+            draw.line(line, colour, 5)
+            for x, y in line[::1 + len(line) // 20]:
+                draw.regular_polygon((x, y, 13), (30, 4, 3)[i % 3], 0, (colour, 'white')[i // 3 % 2], colour, 4)
+        text((350, below), ', '.join(itertools.compress(key, [not x for x in common])), anchor='lm')
+    image.reduce(2).save(path)
+
+
+def scale(values, start, end):
+    """The function that takes the smallest of the values to the pixel `start`, and the largest to `end`."""
+    low, high = min(values), max(values)
+    return lambda x: start + (end - start) * ((x - low) / (high - low) if high > low else 0.5)
+
+
+def round_numbers(low, high):
+    """At most 7 multiples of 1, 2 or 5 times a power of 10 that enclose low to high, and how each is written."""
+    width = (high - low) or abs(high) or 1
+    power = 10.0 ** math.floor(math.log10(width / 5))
+    step = next(m * power for m in (1, 2, 5, 10) if width / (m * power) <= 5)
+    return {i * step: f'{i * step:.10g}' for i in range(math.floor(low / step), math.ceil(high / step) + 1)}
+
+
+def curve_of(config):
+    """What tells a curve from the others in a picture of accuracies: all seeds of a run are one."""
+    return config.task, config.model + is_random(vars(config)), config.method
+
+
+def draw_accuracies(path, name, ticks, found):
+    """Print accuracies as a table and draw them. ticks: {x: its text}; found: {curve: {x: accuracies of all seeds}}."""
+    say(markdown('task', 'model', 'method', ticks.values()) + '\n' + '| --- ' * (3 + len(ticks)) + '|')
+    curves = {}
+    for (task, model, method), scores in found.items():
+        say(markdown(task, model, f'`{method}`', map(spread, scores.values())))
+        percent = [(x, [100 * score for score in row]) for x, row in scores.items() if row]
+        curves[task, model, method] = [(x, fmean(row), stdev(row) if len(row) > 1 else 0.0) for x, row in percent]
+    lines(path, name, 'accuracy in %, mean and standard deviation over seeds', ticks, curves)
+    say(f'drawn: {path}')
+
+
+def draw_loss(runs, path):
+    """Draw the mean loss of each epoch of runs, finished or not."""
+    curves = {(*curve_of(config), f'seed {config.seed}'): losses(folder_of(config)) for config in runs}
+    epochs = round_numbers(1, max(epoch for curve in curves.values() for epoch, *_ in curve))
+    lines(path, 'epoch', 'loss', {x: name for x, name in epochs.items() if '.' not in name}, curves)
+    say(f'drawn: {path}')
+
+
+def losses(folder):
+    """The (epoch, mean loss, 0) in a run's log.jsonl. Raises InputError if there is none, or not that in it."""
+    if not (content := read(folder / 'log.jsonl')):
+        raise InputError(f'{folder}: no epoch of such a run; train it first')
+    with suppress(ValueError, KeyError, TypeError):
+        records = map(json.loads, content.splitlines())
+        found = [(record['epoch'], record['loss'], 0.0) for record in records]
+        if all(math.isfinite(epoch + loss) for epoch, loss, _ in found):
+            return found
+    raise InputError(f'{folder}/log.jsonl is damaged; --again runs it again')
 
 
 # ---- Settings -------------------------------------------------------------------------------------------
@@ -879,8 +1041,8 @@ RULES = {
     'epochs': between(1, 10 ** 6), 'batch': between(1, 10 ** 6), 'workers': COUNT,
     'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
-    'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4), 'look': one_of(*data.LOOKS),
-    'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
+    'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4),
+    'look': one_of(*data.LOOKS), 'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
     'paper_backbone_params': between(0, 1e6),
     'tune': (lambda x: x in TUNES or '.py:' in x, f'is one of {", ".join(TUNES)}, FILE.py:NAME'),
     'score_on': one_of('test', 'val'),
@@ -969,15 +1131,15 @@ def arguments(argv):
     what.add_argument('--search', action='store_true', help='search the grid on the validation images first')
     what.add_argument('--report', action='store_true', help='a table of what has been run, beside the paper')
     what.add_argument('--noise', metavar='RATES', help='test finished runs on noisy images: 0,0.1,0.2')
+    what.add_argument('--sweep', metavar='NAME=VALUES', help='the run at each value of a setting, drawn: N=1,5,10,50')
+    what.add_argument('--loss', action='store_true', help='draw the loss of runs by epoch')
     what.add_argument('--show', action='store_true', help='draw the attention of finished runs (Figure 7)')
     parser.add_argument('--run', metavar='DIR', help='with --show, --image or --noise: the folder of the run')
-    parser.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend',
-                        help='classify these images by a finished run, and draw its attention')
+    what.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend',
+                      help='classify these images by a finished run, and draw its attention')
     parser.add_argument('--again', action='store_true', help='make anew what is finished or was interrupted')
     args = parser.parse_args(argv)
-    if args.run and not (args.show or args.image or args.noise is not None):
-        raise InputError(f'--run {args.run} is for --show, --image and --noise; a run to train is named by --task, '
-                         '--method, --model and --seed')
+    refuse_idle(args)
     given = [change.partition('=') for change in args.set]
     given += [(name, '=', getattr(args, name)) for name in ('weights', 'data') if getattr(args, name) is not None]
     for name, equals, value in given:
@@ -990,6 +1152,16 @@ def arguments(argv):
     if 'data' in changes and not os.path.isdir(changes['data']):
         raise InputError(f'{changes["data"]}: there is no such folder of data sets; make it to download them there')
     return args, changes
+
+
+def refuse_idle(args):
+    """Raise InputError for an option that would do nothing beside the others."""
+    reads = args.show or args.image or args.noise is not None
+    if args.run and not reads:
+        raise InputError(f'--run {args.run} is for --show, --image and --noise; a run to train is named by --task, '
+                         '--method, --model and --seed')
+    if args.again and (reads or args.report or args.loss):
+        raise InputError('--again is for runs to train; this trains none')
 
 
 def main(argv=None):
@@ -1016,10 +1188,15 @@ def command(args, changes, configs):
                 entry(configs, section, name)
         report(configs, Path(changes.get('runs', defaults['runs'])), tasks, models, methods, seeds)
         return 0
-    runs = [config for task, model, seed in product(tasks_of(configs, tasks or [defaults['task']]), models or [None],
-                                                    seeds or [defaults['seed']])
-            for config in settings(configs, task, args.method, model, changes | {'seed': seed})]
-    folders = [Path(args.run)] if args.run else [folder_of(config) for config in runs]
+    points, tasks = swept(args.sweep, changes), tasks_of(configs, tasks or [defaults['task']])
+    runs = [config for task, model, seed, point in product(tasks, models or [None], seeds or [defaults['seed']], points)
+            for config in settings(configs, task, args.method, model, changes | {'seed': seed} | point)]
+    if args.sweep is not None:
+        return sweep(runs, *points[0], args.again)
+    folders = [Path(args.run)] if args.run else list(dict.fromkeys(map(folder_of, runs)))
+    if args.loss:
+        draw_loss(runs, Path(os.path.commonpath(folders)) / 'loss.png')
+        return 0
     device = find_device(changes.get('device', 'auto'))
     code = {method['tune'] for method in configs['methods'].values() if 'tune' in method} | {*methods}
     if args.noise is not None:

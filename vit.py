@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import zipfile
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 from urllib.request import Request, urlopen
@@ -36,9 +37,6 @@ SIZES = {
     'large': (1024, 24, 16),
     'huge': (1280, 32, 16),
 }
-# D of the first stage, L of each, N_h of the first: Liu et al. (2021), section 3.3. Nano is ours again.
-SWIN_SIZES = {'nano': (32, (2, 2, 2), 1), 'tiny': (96, (2, 2, 6, 2), 3), 'small': (96, (2, 2, 18, 2), 3),
-              'base': (128, (2, 2, 18, 2), 4), 'large': (192, (2, 2, 18, 2), 6)}
 
 log = logging.getLogger('ivpt')
 
@@ -60,14 +58,10 @@ def attend(q, k, v):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of D-wide tokens with N_h heads.
-
-    Raises InputError if D is not a multiple of N_h."""
+    """Multi-head self-attention of D-wide tokens with N_h heads."""
 
     def __init__(self, D, N_h):
         super().__init__()
-        if D % N_h:
-            raise InputError(f'the width D={D} does not split into N_h={N_h} heads')
         self.N_h = N_h
         self.qkv = nn.Linear(D, 3 * D)
         self.proj = nn.Linear(D, D)
@@ -80,21 +74,16 @@ class Attention(nn.Module):
     def forward(self, tokens, *context, need_weights=True):
         """Let tokens [B, T, D] attend to themselves and to every context, [B, n, D] or [n, D].
 
-        Returns the attended tokens [B, T, D] and w [B, T + n + ...]: the weights of the first token's
-        query over all keys, mean over the heads, without gradient; or None, unless need_weights.
-
-        What is only attended to needs no query, and a context without a batch dimension (prompts: they do not depend
-        on the image) needs its keys and values once, not once an image."""
-        B, T, D = tokens.shape
-        if T == 1:
-            return self.one_query(tokens, *context)  # its weights come by themselves
+        Returns the attended tokens [B, T, D] and w [B, T + n + ...]: the weights of the first token's query over all
+        keys, mean over the heads, without gradient; or None, unless need_weights. A context makes no queries; one
+        without a batch dimension (prompts: they do not depend on the image) makes its keys and values once a batch."""
+        B, _, D = tokens.shape
         q, k, v = self.split(self.qkv(tokens))  # [B, N_h, T, d]
         if context:
             q = q.contiguous()  # lets go of the rest of qkv, which the backward pass would keep
-            W_KV, b_KV = self.qkv.weight[D:], self.qkv.bias[D:]
-            pairs = [self.split(F.linear(c, W_KV, b_KV)) for c in context]
-            k, v = (torch.cat([x, *(y.expand(B, -1, -1, -1) for y in more)], dim=2)
-                    for x, more in zip((k, v), zip(*pairs)))  # [B, N_h, T + n + ..., d]
+        for c in context:
+            pair = self.split(F.linear(c, self.qkv.weight[D:], self.qkv.bias[D:]))
+            k, v = (torch.cat([x, y.expand(B, -1, -1, -1)], dim=2) for x, y in zip((k, v), pair))  # [B, N_h, T + n, d]
         attended = attend(q, k, v)  # [B, N_h, T, d]
         w = self.first_row(q, k) if need_weights else None
         return self.proj(attended.transpose(1, 2).flatten(2)), w
@@ -107,18 +96,18 @@ class Attention(nn.Module):
             w = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
             return w.mean(dim=1).squeeze(1)
 
-    def one_query(self, token, *context):
-        """As `forward`, for one token [B, 1, D]: its query goes to the keys' side, so that no key and no value is made.
+    def one_query(self, tokens, *context):
+        """What `forward` gives for the first token alone, [B, 1, D], and w. No key and no value is made.
 
         qᵀ(W_K x + b_K) = (W_Kᵀ q)ᵀ x + qᵀb_K, and the last term, the same for every x, cancels in the softmax;
         Σ_i w_i (W_V x_i + b_V) = W_V Σ_i w_i x_i + b_V, since the weights sum to 1. In float32 as `first_row`."""
-        with torch.autocast(token.device.type.replace('meta', 'cpu'), enabled=False):
-            x = [y.to(self.qkv.weight.dtype) for y in (token, *context)]
+        with torch.autocast(tokens.device.type.replace('meta', 'cpu'), enabled=False):
+            x = [y.to(self.qkv.weight.dtype) for y in (tokens, *context)]
             W_Q, W_K, W_V = self.qkv.weight.unflatten(0, (3, self.N_h, -1))  # [N_h, d, D]
             b_Q, _, b_V = self.qkv.bias.unflatten(0, (3, self.N_h, -1))  # [N_h, d]
             q = torch.einsum('hde,be->bhd', W_Q, x[0][:, 0]) + b_Q  # [B, N_h, d]
             W_Kq = torch.einsum('hde,bhd->bhe', W_K, q) / q.shape[-1] ** 0.5  # [B, N_h, D]
-            w = torch.cat([W_Kq @ y.mT for y in x], dim=-1).softmax(-1)  # [B, N_h, 1 + n + ...]
+            w = torch.cat([W_Kq @ y.mT for y in x], dim=-1).softmax(-1)  # [B, N_h, T + n + ...]
             wx = sum(a @ y for a, y in zip(w.split([y.shape[-2] for y in x], dim=-1), x))  # [B, N_h, D]
             attended = torch.einsum('hde,bhe->bhd', W_V, wx) + b_V
         return self.proj(attended.flatten(1)).unsqueeze(1), w.detach().mean(dim=1)
@@ -146,14 +135,19 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(D, eps=eps)
         self.mlp = Mlp(D)
 
-    def forward(self, tokens, *context, need_weights=True):
+    def forward(self, tokens, *context, need_weights=True, one_query=False):
         """Eq. 1. Update tokens [B, T, D]; context tokens, if any, are attended to and not updated.
 
         Returns the updated tokens and the first token's attention weights over tokens and context, as
         `Attention.forward`. With prompts as context this is Eq. 2 and 3, whose "..." drops the outputs
         at the prompts' places, and the weights are the w̃ of Eq. 14.
-        """
-        attended, w = self.attn(self.norm1(tokens), *(self.norm1(c) for c in context), need_weights=need_weights)
+        one_query: the first token alone is updated, [B, 1, D], and attends to all tokens."""
+        x, *context = (self.norm1(y) for y in (tokens, *context))
+        if one_query:
+            attended, w = self.attn.one_query(x, *context)
+            tokens = tokens[:, :1]
+        else:
+            attended, w = self.attn(x, *context, need_weights=need_weights)
         tokens = tokens + attended
         return tokens + self.mlp(self.norm2(tokens)), w
 
@@ -176,20 +170,18 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """A plain vision transformer. img_size, patch_size: pixels. num_classes=0 leaves the head out: features [B, D]
-    come instead of logits. Parameter names and shapes are timm's, so state dicts go both ways.
+    """A plain vision transformer in timm's parameter names. img_size, patch_size: pixels. num_classes=0 leaves the head
+    out: features [B, D] come instead of logits. Raises InputError if sizes do not fit each other.
 
-    readout: what is classified. 'cls': norm(z_cls). 'mean': norm(mean of Z), for MAE, whose class token had no loss of
-    its own. The norm comes last, as in GaPT (the file's, as here), VPT (a new one, gain 1 and bias 0) and timm's
-    global_pool='avg' (as its fc_norm; with fc_norm=False it would be the mean of norm(Z)). Prompts are not in the mean:
-    VPT's img_pool; by default VPT and GaPT have them in it. Raises InputError if sizes do not fit each other."""
+    readout: what is classified. 'cls': norm(z_cls). 'mean': norm(mean of Z), without prompts, for MAE, whose class
+    token had no loss of its own; timm's global_pool='avg'."""
 
     def __init__(self, img_size, patch_size, D, L, N_h, num_classes=0, readout='cls'):
         super().__init__()
         if not 1 <= patch_size <= img_size:
             raise InputError(f'an image of {img_size} pixels holds no patch of {patch_size}')
-        if L < 1 or num_classes < 0 or readout not in ('cls', 'mean'):
-            raise InputError(f'a ViT has L >= 1, classes >= 0, readout cls or mean, not {L}, {num_classes}, {readout}')
+        if readout not in ('cls', 'mean'):
+            raise InputError(f'readout is cls or mean, not {readout}')
         M = (img_size // patch_size) ** 2
         self.img_size, self.patch_size, self.D, self.L, self.M, self.readout = img_size, patch_size, D, L, M, readout
         self.patch_embed = PatchEmbed(img_size, patch_size, D)
@@ -213,13 +205,6 @@ class ViT(nn.Module):
             tokens, _ = layer(tokens, need_weights=False)
         return self.head(self.read(tokens))
 
-    def last(self, tokens, *context):
-        """The last layer, as far as `read` needs it: with 'cls', z_cls alone asks, and all other tokens are context."""
-        if self.readout == 'cls':
-            tokens, others = tokens.split([1, tokens.shape[1] - 1], dim=1)
-            context = others, *context
-        return self.blocks[-1](tokens, *context, need_weights=False)[0]
-
     def read(self, tokens):
         """What the last layer's tokens, [z_cls, Z, ...], tell the head: [B, 1 + M + ..., D] -> [B, D]."""
         return self.norm(tokens[:, 0] if self.readout == 'cls' else tokens[:, 1:1 + self.M].mean(dim=1))
@@ -234,6 +219,10 @@ def init_linear(module):
 
 
 # ---- Swin (Liu et al., 2021) ----------------------------------------------------------------------------
+
+# D of the first stage, L of each, N_h of the first: section 3.3. Nano is ours again.
+SWIN_SIZES = {'nano': (32, (2, 2, 2), 1), 'tiny': (96, (2, 2, 6, 2), 3), 'small': (96, (2, 2, 18, 2), 3),
+              'base': (128, (2, 2, 18, 2), 4), 'large': (192, (2, 2, 18, 2), 6)}
 
 
 class WindowAttention(Attention):
@@ -395,25 +384,17 @@ def load_weights(model, weights):
     model.load_state_dict(state)
 
 
-NOT_PLAIN = {  # in a parameter's name, the sign of what a plain ViT cannot represent
-    'reg(ister)?_token': 'register tokens', 'dist': 'distillation token', '[qk]_norm': 'q/k norms',
-    'rel(ative)?_pos': 'relative position bias', 'w12|w3|fc1_[gx]': 'SwiGLU',
-    'fc_norm': 'norm of pooled tokens', 'norm_pre': 'norm before its layers'}
-
-
 def misfits(state, own):
     """In words, how a state dict differs from a model's own in names, shapes and types; '' if it does not."""
-    both, more, kind = own.keys() & state.keys(), state.keys() - own.keys(), 'ViT' if 'cls_token' in own else 'Swin'
-    means = [what for sign, what in NOT_PLAIN.items() if kind == 'ViT' and re.search(sign, ' '.join(more))]
+    both, kind = own.keys() & state.keys(), 'ViT' if 'cls_token' in own else 'Swin'
     wrong = {
         'missing': own.keys() - state.keys(),
-        f'not of a plain {kind}': more,
+        f'not of a plain {kind}': state.keys() - own.keys(),
         'of another shape': {f'{name} {list(state[name].shape)} for {list(own[name].shape)}'
                              for name in both if state[name].shape != own[name].shape},
         'not floating-point': {name for name in both if not state[name].is_floating_point()},
     }
-    said = [f'{what}: {shorten(sorted(names))}' for what, names in wrong.items() if names]
-    return '; '.join(said + [f'a plain ViT has no {what}' for what in means])
+    return '; '.join(f'{what}: {shorten(sorted(names))}' for what, names in wrong.items() if names)
 
 
 def shorten(names, most=4):
@@ -604,11 +585,6 @@ def check_zip(path):
             raise ValueError(f'{damaged} in it is damaged')
 
 
-def read_torch(path):
-    """A file of torch.save."""
-    return torch.load(path, map_location='cpu', weights_only=True)
-
-
 def read_npz(path):
     """A file of numpy.savez."""
     with np.load(path, allow_pickle=False) as arrays:
@@ -638,8 +614,11 @@ def read_safetensors(path):
     return state
 
 
-READERS = {'.npz': ('NumPy archive', read_npz), '.safetensors': ('safetensors file', read_safetensors),
-           '.pth': ('PyTorch state dict', read_torch)}  # and .pt, .bin, .tar, whatever else
+READERS = {
+    '.npz': ('NumPy archive', read_npz),
+    '.safetensors': ('safetensors file', read_safetensors),
+    '.pth': ('PyTorch state dict', partial(torch.load, map_location='cpu', weights_only=True)),  # and any other name
+}
 
 
 def fetch(weights):
@@ -658,7 +637,8 @@ def fetch(weights):
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            size = size_of(url)
+            with urlopen(Request(url, headers={'User-Agent': 'torch.hub'}), timeout=20) as reply:
+                size = int(reply.headers['Content-Length'] or 0)
             log.warning(f'downloading {url} ({f"{size / 1e6:.0f} MB" if size else "size unknown"}) to {path}')
             torch.hub.download_url_to_file(url, str(part), in_name and in_name[1])
             check_download(part, size, checksum)
@@ -670,18 +650,9 @@ def fetch(weights):
     return path
 
 
-def size_of(url):
-    """Bytes behind a URL; None if the server does not say."""
-    try:
-        with urlopen(Request(url, method='HEAD', headers={'User-Agent': 'torch.hub'}), timeout=20) as reply:
-            return int(reply.headers['Content-Length'])
-    except Exception:  # the download will say what is wrong, if anything is
-        return None
-
-
 def check_download(path, size, checksum):
-    """Raise ValueError if a file has not that size (unless None) or checksum, as md5=DIGITS (unless '')."""
-    if size not in (None, path.stat().st_size):
+    """Raise ValueError if a file has not that size (0: not known) or checksum, as md5=DIGITS ('': not known)."""
+    if size not in (0, path.stat().st_size):
         raise ValueError(f'cut short, {path.stat().st_size} of {size} bytes')
     algorithm, _, digits = checksum.partition('=')
     if checksum:

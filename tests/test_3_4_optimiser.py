@@ -6,6 +6,7 @@ gradient multiplied by A Aᵀ. AR alone adds functions.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ import torch.nn.functional as F
 from hypothesis import assume, find, given, settings
 from hypothesis import strategies as st
 
+import data
 import oracle
 import train
 import vit
 from ivpt import IVPT, cdc, cdc_da, look, vanilla_cdc
 from oracle import close
+from pictures import tiny
 from strategies import METHODS, OTHERS, Case, cases, random_model
 
 STRUCTURES = {  # P [L, N, D], gamma [L-1, N, N] -> P̂ [L, N, D]
@@ -278,6 +281,19 @@ def test_over_60_steps_the_two_runs_stay_one(method):
     for one, other, alone in zip(*runs):
         close(one['P'], other['P'])
     assert not torch.allclose(one['P'], alone['P'], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize('start', ['from_cdc', 'from_vpt'])
+def test_a_run_of_vpt_with_the_multiplied_gradient_is_a_run_of_cdc_and_ends_in_its_prompts(start):
+    """By the loop of train.py, on pictures of shapes, from the same start to float32. From VPT's own start it is another run."""
+    config = tiny(method='cdc', epochs=3, lr=0.1, weight_decay=0.01)
+    pictures, device = data.load(config).train, torch.device('cpu')
+    connected = train.make_model(config, 9).double()
+    plain = train.make_model(SimpleNamespace(**vars(config) | {'tune': f'tests/multiplied.py:{start}'}), 9).double()
+    for model in (connected, plain):
+        model.register_forward_pre_hook(lambda model, images: (images[0].double(),))
+        list(train.train(model, train.make_optimizer(model, config), pictures, config, device))
+    assert torch.allclose(connected.prompts(), plain.prompts(), rtol=0, atol=1e-5) == (start == 'from_cdc')
 
 
 # ---- Where that ends: AdamW, clipped gradients, a learned γ ----------------------------------------------

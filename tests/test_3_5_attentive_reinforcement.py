@@ -247,11 +247,11 @@ def test_the_one_query_of_the_last_layer_weighs_in_float32_under_autocast():
     """Its weights, which Figure 7 shows, are float64's to float32's rounding; what it puts out is in bfloat16."""
     attn = vit.build('vit_nano_patch8_48', Path(__file__).parent / 'nano.pth').blocks[-1].attn
     torch.manual_seed(0)
-    tokens = torch.randn(4, 1, 64), torch.randn(4, 36, 64), torch.randn(10, 64)
+    tokens = torch.randn(4, 37, 64), torch.randn(10, 64)
     with torch.autocast('cpu', torch.bfloat16):
-        out, w = attn(*tokens)
-        out_, w_ = attn(*(x.bfloat16() for x in tokens))  # what is half already is welcome too
-    exact, w_exact = attn.double()(*(x.double() for x in tokens))
+        out, w = attn.one_query(*tokens)
+        out_, w_ = attn.one_query(*(x.bfloat16() for x in tokens))  # what is half already is welcome too
+    exact, w_exact = attn.double().one_query(*(x.double() for x in tokens))
     torch.testing.assert_close(w.double(), w_exact, rtol=1e-4, atol=1e-7)
     assert w_.dtype == w.dtype == torch.float32 and out.dtype == out_.dtype == torch.bfloat16
     assert (out - exact).abs().max() < 0.02 * exact.abs().max()

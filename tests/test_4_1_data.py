@@ -700,3 +700,10 @@ def test_every_offline_task_has_its_classes_and_all_of_them_occur(name):
     for task in train.tasks_of(CONFIGS, [name]):
         found = data.load(tiny(task, n_train=300, n_val=20, n_test=20))
         assert {label for _, label in found.train} == set(range(len(found.classes)))
+
+
+@pytest.mark.parametrize('setting', [{'look': 'waves'}, {'grain': 8.0}, {'colours': ['red', 'cyan', 'blue', 'green']}])
+def test_the_settings_of_a_task_reach_its_pictures_and_the_answers_stay(setting):
+    plain, other = (data.load(tiny(ask='where_blue', **changes)).test for changes in ({}, setting))
+    assert [label for _, label in plain] == [label for _, label in other]
+    assert not any(torch.equal(a, b) for (a, _), (b, _) in zip(plain, other))

@@ -1,4 +1,4 @@
-"""Section 4: searching settings on validation images, tables of results, and noise (Figures 4 and 6)."""
+"""Section 4: searching settings on validation images, tables of results, noise and sweeps (Figures 4 to 6)."""
 
 import json
 import re
@@ -6,6 +6,9 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 from pictures import CONFIGS, folder_of, images_tested, no_network, run, tiny  # noqa: F401
 
 import data
@@ -362,6 +365,7 @@ def test_noise_goes_into_the_results_of_finished_runs_and_is_printed_method_by_m
         assert all(result['noise']['0'] == result['accuracy'] for result in stored)
         for rate, cell in zip(('0', '0.5'), row[3:]):
             assert cell == train.spread([result['noise'][rate] for result in stored])
+    assert (tmp_path / 'where_blue/vit_nano_patch8_48/noise.png').stat().st_size > 1000
     assert run(tmp_path, *argv, '--noise', '0.9', **SMALL) == 0
     assert set(train.read_result(tmp_path / 'where_blue/vit_nano_patch8_48/ivpt/seed0')['noise']) == {'0', '0.5', '0.9'}
 
@@ -393,5 +397,142 @@ def test_runs_of_other_seeds_see_the_same_noise_on_the_images_that_they_were_tes
                                          ('.nan', 'from 0 to 1'), ('', 'from 0 to 1'), ('0.1', 'no finished run')])
 def test_wrong_rates_and_runs_that_are_not_there_are_one_line(rates, said, tmp_path, capfd):
     assert run(tmp_path, '--method', 'ivpt', f'--noise={rates}') == 2
+    err = capfd.readouterr().err
+    assert said in err and err.count('\n') == 1
+
+
+# ---- Sweeps, and pictures of them (Figures 4 to 6) --------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What `train.lines` is given instead of drawing it: (path, name of x, ticks, curves)."""
+    calls = []
+    monkeypatch.setattr(train, 'lines', lambda path, x_name, y_name, ticks, curves: calls.append((path, x_name, ticks, curves)))
+    return calls
+
+
+def test_a_sweep_trains_below_the_runs_folder_draws_and_the_second_time_trains_nothing(tmp_path, capsys):
+    argv = '--method', 'ivpt', '--sweep', 'k=0,2'
+    assert run(tmp_path, *argv, **SMALL) == 0
+    first = table(capsys.readouterr().out)
+    assert first[0] == ['task', 'model', 'method', '0', '2']
+    below = {path.parent.relative_to(folder_of(tmp_path)).as_posix() for path in tmp_path.rglob('result.json')}
+    assert below == {'sweep/k=0', 'sweep/k=2'}
+    assert (folder_of(tmp_path) / 'sweep-k.png').stat().st_size > 1000
+    assert run(tmp_path, *argv, **SMALL) == 0
+    second = capsys.readouterr().out
+    assert table(second) == first and second.count('finished before') == 2 and 'epoch' not in second
+
+
+def test_k_is_0_means_no_attentive_reinforcement(tmp_path):
+    assert run(tmp_path, '--method', 'ivpt', '--sweep', 'k=0', **SMALL) == 0
+    assert run(tmp_path, '--method', 'ivpt', reinforcement='none', **SMALL) == 0
+    swept, main = (train.read_result(folder) for folder in (folder_of(tmp_path) / 'sweep/k=0', folder_of(tmp_path)))
+    assert swept['trained_parameters'] == main['trained_parameters']
+    assert train.losses(folder_of(tmp_path) / 'sweep/k=0') == train.losses(folder_of(tmp_path))
+
+
+def test_each_accuracy_of_a_sweep_stands_below_its_value_and_beside_its_method(tmp_path, scored, drawn, capsys):
+    scored(lambda config: config.N / 100 + config.seed / 10 + (config.method == 'vpt') / 5)
+    assert run(tmp_path, '--sweep', 'N=5,1,20', '--method', 'ivpt,vpt', '--seed', '0,2') == 0
+    rows = table(capsys.readouterr().out)
+    assert [row[2:] for row in rows if 'where' in row[0]] == [
+        ['`ivpt`', '15.0 ± 14.1', '11.0 ± 14.1', '30.0 ± 14.1'], ['`vpt`', '35.0 ± 14.1', '31.0 ± 14.1', '50.0 ± 14.1']]
+    (path, name, ticks, curves), = drawn
+    assert (path.relative_to(tmp_path).as_posix(), name) == ('where_blue/vit_nano_patch8_48/sweep-N.png', 'N')
+    assert ticks == {0: '5', 1: '1', 2: '20'}
+    for (*_, method), curve in curves.items():
+        more = 20 * (method == 'vpt')
+        assert curve == [pytest.approx((x, n + 10 + more, 200 ** 0.5)) for x, n in enumerate((5, 1, 20))]
+
+
+def test_a_value_at_which_training_diverges_is_left_out_and_the_status_says_so(tmp_path, scored, drawn, capfd):
+    scored(lambda config: None if config.lr > 1 else 0.5)
+    assert run(tmp_path, '--method', 'ivpt', '--sweep', 'lr=0.1,2.0,0.2') == 2
+    out, err = capfd.readouterr()
+    assert table(out)[-1][3:] == ['50.0', '', '50.0'] and 'the loss is nan' in err and err.count('\n') == 1
+    assert [[x for x, *_ in curve] for curve in drawn[0][3].values()] == [[0, 2]]
+    assert run(tmp_path, '--method', 'ivpt', '--sweep', 'lr=2.0,3.0') == 2 and len(drawn) == 1
+
+
+def test_values_of_a_sweep_that_are_the_same_count_once(tmp_path, scored, drawn):
+    asked = scored(lambda config: 0.5)
+    assert run(tmp_path, '--method', 'ivpt', '--sweep', 'lr=0.1,1e-1,0.10') == 0
+    assert len(asked) == 1 and drawn[0][2] == {0: '0.1'}
+    assert run(tmp_path, '--method', 'ivpt', '--sweep', 'img_size=0,48') == 0
+    assert len(asked) == 2 and drawn[1][2] == {0: '48'}
+
+
+def test_a_report_shows_main_runs_and_no_point_of_a_sweep(results, tmp_path, capsys):
+    results('x', 'vpt', 0, 0.5)
+    results('x', 'vpt', 0, 0.9, place='sweep/N=1', point='sweep/N=1')
+    assert reported(capsys, tmp_path)[0][2][2] == '50.0'
+
+
+def test_the_loss_of_runs_is_drawn_by_whole_epochs_and_named_by_method_and_seed(tmp_path, drawn):
+    for method, seed in (('ivpt', 0), ('vpt', 3)):
+        folder = folder_of(tmp_path, method, seed=seed)
+        train.write_log(folder, [{'epoch': 1, 'loss': 2.0 + seed}, {'epoch': 2, 'loss': 1.5}])
+        assert run(tmp_path, '--loss', '--method', method, '--seed', str(seed)) == 0
+        path, name, ticks, curves = drawn[-1]
+        assert (path, name, ticks) == (folder / 'loss.png', 'epoch', {1: '1', 2: '2'})
+        assert {key[2:]: curve for key, curve in curves.items()} == {
+            (method, f'seed {seed}'): [(1, 2.0 + seed, 0.0), (2, 1.5, 0.0)]}
+
+
+@pytest.mark.parametrize('log, said', [('', 'no epoch of such a run'), ('{"epoch": 1}', 'is damaged'), ('{"epo', 'is damaged'),
+                                       ('{"epoch": 1, "loss": NaN}', 'is damaged'), ('{"epoch": 1, "loss": "a"}', 'is damaged')])
+def test_a_log_without_losses_is_refused(log, said, tmp_path):
+    (tmp_path / 'log.jsonl').write_text(log)
+    with pytest.raises(train.InputError, match=said):
+        train.losses(tmp_path)
+
+
+def coloured(path, colour, area):
+    """How many pixels of an area have just this colour."""
+    return sum(pixel == tuple(bytes.fromhex(colour[1:])) for pixel in Image.open(path).crop(area).get_flattened_data())
+
+
+def test_every_curve_has_its_colour_and_its_mark_in_the_picture_and_in_the_legend(tmp_path):
+    curves = {('x', 'm', f'method{i}'): [(0, 10 * i, 1.0), (1, 10 * i + 5, 1.0)] for i in range(7)}
+    train.lines(tmp_path / 'a.png', 'N', 'accuracy', {0: '1', 1: '5'}, curves)
+    assert Image.open(tmp_path / 'a.png').size == (800, 500 + 25 * 7)
+    for i, colour in enumerate(train.COLOURS):
+        assert coloured(tmp_path / 'a.png', colour, (100, 80, 760, 420)) > 300
+        assert coloured(tmp_path / 'a.png', colour, (80, 490 + 25 * i, 170, 510 + 25 * i)) > 100
+
+
+def test_of_two_curves_that_are_equal_no_error_bar_hides_the_other(tmp_path):
+    same = [(0, 50.0, 20.0), (1, 50.0, 20.0)]
+    train.lines(tmp_path / 'a.png', 'N', 'accuracy', {0: '1', 1: '5'}, {('x', 'm', 'a'): same, ('x', 'm', 'b'): same})
+    for colour in train.COLOURS[:2]:
+        assert coloured(tmp_path / 'a.png', colour, (80, 80, 140, 235)) > 50  # above the line
+
+
+@given(low=st.floats(-1000, 1000), width=st.floats(0.001, 10_000))
+def test_an_axis_has_round_numbers_that_enclose_the_data(low, width):
+    ticks = train.round_numbers(low, low + width)
+    numbers = [*ticks]
+    step = float(f'{numbers[1] - numbers[0]:.6e}')
+    assert 2 <= len(numbers) <= 7 and numbers[0] <= low + 1e-9 and low + width - 1e-9 <= numbers[-1]
+    assert f'{step:.6e}'[:8] in ('1.000000', '2.000000', '5.000000')
+    assert all(abs(x / step - round(x / step)) < 1e-6 for x in numbers)
+    assert [float(name) for name in ticks.values()] == pytest.approx(numbers, abs=1e-9) and len({*ticks.values()}) == len(ticks)
+
+
+def test_an_axis_of_one_number_has_that_number():
+    assert train.round_numbers(50, 50) == {50: '50'} and train.round_numbers(0, 0) == {0: '0'}
+
+
+@pytest.mark.parametrize('argv, said', [
+    ('--sweep N', 'takes NAME=V1,V2'), ('--sweep N=1,,2', 'takes NAME=V1,V2'), ('--sweep tune=a/b', 'takes NAME=V1,V2'),
+    ('--sweep seed=1,2', 'or names it'), ('--sweep workers=0,1', 'changes no number'), ('--sweep batch=8', 'given by --set too'),
+    ('--sweep Nn=1', "unknown setting 'Nn'"), ('--sweep N=1,0', 'N goes from 1'), ('--sweep N=1 --search', 'not allowed with'),
+    ('--sweep N=1 --image a.png', 'not allowed with'), ('--loss --image a.png', 'not allowed with'),
+    ('--sweep N=1 --run x', '--run x is for'), ('--loss --run x', '--run x is for'), ('--loss --again', 'this trains none'),
+    ('--loss', 'no epoch of such a run')])
+def test_a_sweep_or_a_loss_that_cannot_be_drawn_is_refused_in_one_line(argv, said, tmp_path, capfd):
+    assert run(tmp_path, *argv.split()) == 2
     err = capfd.readouterr().err
     assert said in err and err.count('\n') == 1

@@ -201,7 +201,7 @@ def test_a_bad_line_of_a_list_is_refused_with_its_file_and_number(line, said, tm
 def test_a_list_that_is_missing_empty_or_not_text_is_refused_by_name(tmp_path, pets):
     file = vtab(tmp_path) / 'val200.txt'
     file.write_text('')
-    assert f'{file}: the list is empty' in pets()
+    assert f'{file}, line 1: expected "FILE CLASS"' in pets()
     file.write_bytes(b'\xff\xfe\x00images')
     assert f'{file}: not a readable list' in pets()
     file.unlink()

@@ -12,17 +12,17 @@ from pictures import CONFIGS
 # Two plausible wrong answers to each exercise: for each of its functions the body, and the sentence that is false.
 RIGHT_DA = 'return torch.cat([P[:1], P[1:] + psi(gamma, P[:-1])])'
 NAIVE = '''
-    x = torch.cat([TOKENS, *(c.expand(len(TOKENS), -1, -1) for c in context)], dim=1)
+    x = torch.cat([tokens, *(c.expand(len(tokens), -1, -1) for c in context)], dim=1)
     q, k, v = self.qkv(x).unflatten(-1, (3, self.N_h, -1)).permute(2, 0, 3, 1, 4)  # [B, N_h, T, d]
-    T, d, D = TOKENS.shape[1], q.shape[-1], TOKENS.shape[2]
+    T, d, D = QUERIES, q.shape[-1], tokens.shape[2]
     A = (q[:, :, :T] @ k.mT / SCALE).softmax(-1)
     return self.proj((A @ v).transpose(1, 2).flatten(2)), ROW
 '''
 
 
-def naive(tokens, scale, row):
-    """Attention with prompts as tokens of the sequence, its scale and the row of weights as given."""
-    return NAIVE.replace('TOKENS', tokens).replace('SCALE', scale).replace('ROW', row)
+def naive(queries, scale, row):
+    """Attention with prompts as tokens of the sequence; its queries, its scale and the row of weights as given."""
+    return NAIVE.replace('QUERIES', queries).replace('SCALE', scale).replace('ROW', row)
 
 
 WRONG = {
@@ -53,10 +53,10 @@ WRONG = {
         ('B, k, D = *Omega.shape, Z.shape[-1]\n'
          'return Z.scatter_add(1, Omega.unsqueeze(-1).expand(B, k, D), P_re.expand(B, k, D))',
          'reinforcing copies no token')],
-    8: [(naive('tokens', 'D ** 0.5', 'A[:, :, 0].mean(dim=1).detach()'), 'a layer without context'),
-        (naive('tokens', 'd ** 0.5', 'A[:, 0, 0].detach()'), 'a layer without context')],  # of one head
-    9: [(naive('token', '1', 'A[:, :, 0].mean(dim=1).detach()'), 'one query in the last layer gives'),
-        (naive('token', 'd ** 0.5', 'A[:, :, 0].mean(dim=1)'), 'the class tokens weights carry no gradient')],
+    8: [(naive('tokens.shape[1]', 'D ** 0.5', 'A[:, :, 0].mean(dim=1).detach()'), 'a layer without context'),
+        (naive('tokens.shape[1]', 'd ** 0.5', 'A[:, 0, 0].detach()'), 'a layer without context')],  # of one head
+    9: [(naive('1', '1', 'A[:, :, 0].mean(dim=1).detach()'), 'one query in the last layer gives'),
+        (naive('1', 'd ** 0.5', 'A[:, :, 0].mean(dim=1)'), 'the class tokens weights carry no gradient')],
     10: [('A = matrix(structure, L)\nreturn A.T @ A', 'A A transposed is what its closed form says'),
          ('l = torch.arange(L).double()\nif structure == "vanilla_cdc":\n    return 1 + torch.minimum(l[:, None], l)\n'
           'distance = (l[:, None] - l).abs()\nreturn 1.0 * (distance <= (structure == "cdc")) + torch.eye(L).double()',
@@ -224,8 +224,9 @@ def test_every_question_can_be_asked(command, monkeypatch):
     result = dict(task='where_blue', model='nano', method='ivpt', seed=0, accuracy=0.5, trained_parameters=1, seconds=1.0,
                   config={'weights': ''})
     monkeypatch.setattr(train, 'read_configs', lambda: CONFIGS)
-    monkeypatch.setattr(train, 'run', lambda config, *args: done.append(config) or result)
+    monkeypatch.setattr(train, 'run', lambda config, *args: done.append(config) or result | {'config': vars(config)})
     monkeypatch.setattr(train, 'show', lambda *args: done.append(args))
+    monkeypatch.setattr(train, 'lines', lambda *args: None)
     assert train.main(command.split()[2:]) == 0 and done
 
 
