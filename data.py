@@ -104,7 +104,7 @@ class Files(Dataset):
 
 
 def read_image(path, size):
-    """The image of a file or Place, upright and in RGB: uint8 [3, H, W]. size: pixels of the shorter side, or (H, W)."""
+    """An image file or Place, upright and in RGB: uint8 [3, H, W]. size: pixels of the shorter side, or (H, W)."""
     try:
         with path.pictures[path.index][0] if isinstance(path, Place) else Image.open(path) as image:
             image = eight_bits(ImageOps.exif_transpose(image), image.format).convert('RGB')

@@ -284,9 +284,8 @@ class PatchMerging(nn.Module):
 class Swin(nn.Module):
     """A Swin transformer: its tokens are merged from stage to stage, and it classifies by the mean of the last ones.
 
-    w: tokens on a side of a window. L: layers of each stage. D, N_h: the first stage's, then doubled.
-    Its attributes: L, all layers; D, the width of the features; M, the first stage's tokens; sizes, (L, M, D) of each
-    stage. The rest is as in `ViT`: timm's names, num_classes=0, InputError."""
+    w: tokens on a side of a window. L: layers of each stage. D, N_h: the first stage's, then doubled. Its attributes:
+    L, all layers; D, of the features; M, of the first stage; sizes, (L, M, D) of each stage. The rest is as in ViT."""
 
     def __init__(self, img_size, patch_size, w, D, L, N_h, num_classes=0):
         super().__init__()
@@ -340,9 +339,8 @@ def parse_name(name):
 def build(name, weights=None, num_classes=0, img_size=None, readout='cls'):
     """A ViT or Swin by timm's name, as vit_base_patch16_224; what follows a dot in the name is ignored.
 
-    weights: path or URL of a checkpoint, see `load_weights`; random values without. img_size: pixels, if other than
-    the name says. readout: see `ViT`. Raises InputError for a name outside the grammar and weights that do not fit.
-    """
+    weights: path or URL for `load_weights`; random values without. img_size: pixels, if other than the name says.
+    readout: see `ViT`. Raises InputError for a name outside the grammar and weights that do not fit."""
     size, patch_size, pixels, *window = parse_name(name)
     if window:
         model = Swin(img_size or pixels, patch_size, *window, *SWIN_SIZES[size], num_classes=num_classes)
@@ -361,8 +359,7 @@ def load_weights(model, weights):
 
     It may be in any format of READERS and any dialect of `to_timm`. `pos_embed` of another grid is resampled.
     A head of another size is left out and said so. Whatever else is missing, left over, of another shape or
-    type, or not finite raises InputError with the parameters' names.
-    """
+    type, or not finite raises InputError with the parameters' names."""
     state, own = read_state_dict(weights), model.state_dict()
     try:
         state = to_timm(state, model.blocks[0].attn.N_h)
@@ -592,8 +589,7 @@ def read_npz(path):
 
 
 def read_safetensors(path):
-    """github.com/huggingface/safetensors: 8 bytes with the length of a header, the header in JSON, and the
-    tensors that it names, side by side."""
+    """github.com/huggingface/safetensors: 8 bytes with the length of a header, the header in JSON, the tensors."""
     dtypes = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
     state, end, size = {}, 0, path.stat().st_size
     with open(path, 'rb') as file:
@@ -624,9 +620,8 @@ READERS = {
 def fetch(weights):
     """A local path for a path or URL; a URL is downloaded once, into torch hub's folder.
 
-    Known checksums are checked: a URL may end in #md5= or #sha256= and its first digits, and names in torch's
-    own style have those of the SHA-256 in them. Raises InputError, which says by hand what to put where, if
-    what comes is not all of the file."""
+    Known checksums are checked: a URL may end in #md5= or #sha256= and its first digits, and names in torch's own
+    style have those of the SHA-256. Raises InputError, with what to put where by hand, if not all of it comes."""
     if urlparse(weights).scheme not in ('http', 'https', 'file'):
         return Path(weights)
     url, _, checksum = weights.partition('#')
