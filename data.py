@@ -3,9 +3,6 @@
 A picture is a pair (uint8 tensor [3, H, W], class id). A set of pictures is anything with a length and an index: a
 list where they are in memory, `Files` where they are decoded when asked for, by their samples: pairs (where the picture
 lies, class id).
-
-There is a reader for each layout: VTAB-1k's lists (Zhai et al., 2019), torchvision's data sets where those lists are
-missing, VPT's lists for FGVC (Jia et al., 2022), folders of your own, and pictures of shapes, which are drawn.
 """
 
 import hashlib
@@ -178,7 +175,7 @@ def decoded(work, requests, workers):
 
 
 def vtab(config):
-    """VTAB-1k as its lists name it in vtab-1k/DIR/; where that is missing, torchvision's data set, if it has it."""
+    """VTAB-1k (Zhai et al., 2019) as its lists name it in vtab-1k/DIR/; where that is missing, torchvision's data set."""
     root = Path(config.data) / 'vtab-1k' / config.dir
     if root.is_dir():
         parts = [read_list(root / name, config.classes) for name in ('train800.txt', 'val200.txt', 'test.txt')]
@@ -356,6 +353,8 @@ def folders(config):
     root, notes = Path(config.data), [f'images in {config.data}']
     train, classes = read_folder(root / 'train', notes)
     test, val = read_folder(root / 'test', notes, classes)[0], None
+    if config.classes not in (0, len(classes)):
+        raise InputError(f'{root / "train"}: {len(classes)} classes, and not {config.classes}')
     if (root / 'val').is_dir():
         val = read_folder(root / 'val', notes, classes)[0]
     else:
@@ -382,6 +381,8 @@ def read_folder(path, notes, classes=None):
     samples = [(file, label) for file, label in found if file.lower().endswith(IMG_EXTENSIONS)]
     if empty := sorted(set(range(len(names))) - {label for _, label in samples}):
         raise InputError(f'{path / names[empty[0]]}: no image for torchvision; it should hold *.jpg or the like')
+    if len({os.path.realpath(file) for file, _ in samples}) < len(samples):
+        raise InputError(f'{path}: a file is there twice by way of a link; is there a link that leads back?')
     if others := [file for file, _ in found if not file.lower().endswith(IMG_EXTENSIONS)]:
         notes.append(f'{len(others)} files in {path} are left out, no images for torchvision: {others[0]}')
     classes = names if classes is None else classes
@@ -399,7 +400,7 @@ COLOURS = {'red': (220, 50, 50), 'green': (50, 180, 70), 'blue': (60, 90, 230), 
            'purple': (160, 70, 200), 'cyan': (60, 200, 210)}  # pre-training knows the first four
 CELLS = [f'{row} {column}' for row in ('top', 'middle', 'bottom') for column in ('left', 'centre', 'right')]
 SHAPES = ['disc', 'ring', 'cross']
-LOOKS = ('plain', 'outlines', 'waves')  # of pictures; pre-training knows the first
+LOOKS = ('plain', 'waves')  # of the background; pre-training knows the first
 
 
 class Scene(NamedTuple):
@@ -424,7 +425,7 @@ QUESTIONS = {  # the answer's number in pictures i [n] of a scene s, for the col
     'size': lambda s, i, c: (s.radius[i, c] > 5).astype(int),
     'shape': lambda s, i, c: s.shape[i, c],
     'colour': lambda s, i, c: in_cell(s, c),
-    'side': lambda s, i, c: 1 + np.sign(s.cell[i, c] % 3 - s.cell[i, 0] % 3),  # of the first colour
+    'side': lambda s, i, c: 1 + np.sign(s.cell[i, c] % 3 - s.cell[i, 0] % 3),  # of the first colour's shape
     'count': lambda s, i, c: s.there.sum(axis=1) - 1}
 ASKED = tuple(QUESTIONS)[:4]  # by a frame, in pre-training
 
@@ -434,14 +435,13 @@ def names_of(question, colours):
     if question == 'frame':
         return [name for asked in ASKED for name in names_of(asked, colours)]
     return {'where': CELLS, 'size': ['small', 'large'], 'shape': SHAPES, 'colour': [*colours, 'nothing'],
-            'side': ['left', 'above or below', 'right'],
-            'count': [str(n + 1) for n in range(len(colours))]}[question]
+            'side': ['left', 'above or below', 'right'], 'count': [str(n + 1) for n in range(len(colours))]}[question]
 
 
 def shapes(config):
     """Pictures of shapes with the question `ask`: QUESTION_COLOUR, colour (in the centre), count, or frame."""
     question = config.ask.partition('_')[0]
-    pairs = product(('where', 'size', 'shape', 'side'), config.colours)
+    pairs = [*product(['where', 'size', 'shape'], config.colours), *product(['side'], config.colours[1:])]
     known = ['frame', 'colour', 'count', *map('_'.join, pairs)]
     if config.ask not in known:
         raise InputError(f'ask={config.ask}: with the colours {", ".join(config.colours)} one of {", ".join(known)}')
@@ -454,9 +454,8 @@ def shapes(config):
 
 
 def draw_shapes(n, ask, colours=tuple(COLOURS)[:4], look='plain', grain=8, size=48, seed=0):
-    """n pictures, uint8 [n, 3, size, size], and the answers to the question, int [n].
-
-    grain: standard deviation of the noise of each pixel, in grey levels of 256."""
+    """n pictures, uint8 [n, 3, size, size], and the answers to the question, int [n]. grain: standard deviation of the
+    noise of each pixel, in grey levels of 256."""
     rng, i = np.random.default_rng(seed), np.arange(n)
     scene = arrange(n, len(colours), rng, ask == 'count')
     question, _, colour = ask.partition('_')
@@ -471,7 +470,6 @@ def draw_shapes(n, ask, colours=tuple(COLOURS)[:4], look='plain', grain=8, size=
     else:
         c = np.full(n, list(colours).index(colour) if colour else CELLS.index('middle centre'))
         labels = QUESTIONS[question](scene, i, c)
-
     rgb = np.array([COLOURS[name] for name in colours], dtype=np.float32)
     background = rng.uniform(60, 200, (n, 1, 1, 1)).astype(np.float32)
     images = np.empty((n, 3, size, size), dtype=np.uint8)
@@ -479,7 +477,9 @@ def draw_shapes(n, ask, colours=tuple(COLOURS)[:4], look='plain', grain=8, size=
         canvas = np.broadcast_to(background[part], (len(part), 3, size, size))
         if look == 'waves':
             canvas = canvas + waves(len(part), size, rng)
-        canvas = paint(canvas, Scene(*(x[part] for x in scene)), rgb, look)
+        shown = Scene(*(x[part] for x in scene))
+        for k, colour in enumerate(rgb):
+            canvas = canvas + cover(shown, k, size) * (colour[:, None, None] - canvas)
         if question == 'frame':
             canvas = framed(canvas, q[part], rgb[c[part]], cell[part])
         images[part] = (canvas + grain * rng.standard_normal(canvas.shape, dtype=np.float32)).clip(0, 255)
@@ -497,20 +497,8 @@ def arrange(n, n_shapes, rng, some_missing=False):
     return Scene(cell, *centre.astype(np.float32), radius.astype(np.float32), shape, there)
 
 
-def paint(canvas, scene, rgb, look='plain'):
-    """The shapes of a scene, in their colours rgb [n_shapes, 3], on a canvas [n, 3, size, size]."""
-    for c, colour in enumerate(rgb):
-        covered = cover(scene, c, canvas.shape[-1])
-        if look == 'outlines':
-            covered = covered - cover(scene, c, canvas.shape[-1], smaller=1.5)
-        canvas = canvas + covered * (colour[:, None, None] - canvas)
-    return canvas
-
-
-def cover(scene, c, size, smaller=0.0):
-    """How far the shape of colour c covers each pixel of n pictures, 0 to 1: float [n, 1, size, size].
-
-    smaller: by how much its edge lies further inside, in 48ths of a picture."""
+def cover(scene, c, size):
+    """How far the shape of colour c covers each pixel of n pictures, 0 to 1: float [n, 1, size, size]."""
     pixel = (np.arange(size, dtype=np.float32) + 0.5) * 48 / size
     row, column, radius, shape, there = (x[:, c, None, None] for x in scene[1:])
     dy, dx = np.abs(pixel[:, None] - row), np.abs(pixel - column)  # [n, size, 1] and [n, 1, size]
@@ -518,8 +506,7 @@ def cover(scene, c, size, smaller=0.0):
     inside = radius - distance  # how far inside of the edge of a disc
     inside = np.where(shape == 1, np.minimum(inside, distance - 0.5 * radius), inside)
     inside = np.where(shape == 2, np.minimum(inside, 0.38 * radius - np.minimum(dy, dx)), inside)
-    inside = (inside - smaller) * size / 48 + 0.5
-    return np.where(there, inside.clip(0, 1), 0)[:, None]
+    return np.where(there, (inside * size / 48 + 0.5).clip(0, 1), 0)[:, None]
 
 
 def waves(n, size, rng):
@@ -533,7 +520,7 @@ def framed(canvas, q, colour, cell):
     """A canvas [n, 3, size, size] with the frames that ask, q [n] of ASKED. In a colour [n, 3]: all around, where it
     is; at the top and on the left, its size; at the bottom and on the right, its shape. White, with black beside the
     row and the column of a cell [n]: the colour in that cell."""
-    n, _, size, _ = canvas.shape
+    size = canvas.shape[-1]
     place = (np.arange(size) * 48 // size - 3) // 14  # of a cell in its row or column
     edge = np.arange(size) < size * 3 // 48
     top, left = edge[:, None], edge

@@ -1192,7 +1192,7 @@ def command(args, changes, configs):
     runs = [config for task, model, seed, point in product(tasks, models or [None], seeds or [defaults['seed']], points)
             for config in settings(configs, task, args.method, model, changes | {'seed': seed} | point)]
     if args.sweep is not None:
-        return sweep(runs, *points[0], args.again)
+        return sweep(runs, args.sweep.partition('=')[0], args.again)
     folders = [Path(args.run)] if args.run else list(dict.fromkeys(map(folder_of, runs)))
     if args.loss:
         draw_loss(runs, Path(os.path.commonpath(folders)) / 'loss.png')

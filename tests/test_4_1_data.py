@@ -352,7 +352,7 @@ def test_threads_end_with_the_epoch_even_where_it_is_left_early():
     before = threading.active_count()
     found = data.decoded(lambda i: time.sleep(0.001), range(1000), 4)
     next(found)
-    assert threading.active_count() == before + 4
+    assert before < threading.active_count() <= before + 4  # one that is idle is taken again
     found.close()
     assert threading.active_count() == before
 
@@ -599,11 +599,6 @@ def test_count_is_how_many_are_there_and_only_then_some_are_missing():
     assert np.bincount(count, minlength=5)[1:].min() > 25
 
 
-def test_an_outline_is_hollow_and_lies_within_the_shape():
-    whole, hollow = (of_colour(draw('where_red', look=look)[0], 'red') for look in ('plain', 'outlines'))
-    assert not (hollow & ~whole).any() and hollow.sum() < 0.7 * whole.sum()
-
-
 def test_waves_change_the_background_alone():
     images, _ = draw('where_red', look='waves')
     shapes = sum(of_colour(images, colour) for colour in FOUR)
@@ -689,7 +684,7 @@ def test_the_questions_are_asked_about_the_same_pictures_but_not_about_those_of_
     assert not inside[0] & inside[1]
 
 
-@pytest.mark.parametrize('ask', ['where_purple', 'pink', 'where', 'count_red', 'when_red'])
+@pytest.mark.parametrize('ask', ['where_purple', 'pink', 'where', 'count_red', 'when_red', 'side_red'])
 def test_a_question_that_is_none_is_refused(ask):
     with pytest.raises(InputError, match=f'{ask}:.*red, green, blue, yellow.*frame, colour, count, where_red'):
         data.load(tiny(ask=ask))

@@ -506,12 +506,28 @@ def test_a_folder_that_lacks_something_is_refused(parts, said, tmp_path):
     assert f'{tmp_path}/{said}' in refusal('folder', tmp_path)
 
 
+def test_classes_that_are_said_and_not_there_are_refused(tmp_path):
+    own(tmp_path, train={'cat': 2, 'dog': 2}, test={'cat': 1})
+    assert f'{tmp_path}/train: 2 classes, and not 3' in refusal('folder', tmp_path, classes=3)
+
+
 def test_a_class_without_a_picture_is_refused_by_name(tmp_path):
     own(tmp_path, train={'cat': 2}, test={'cat': 1})
     (tmp_path / 'train' / 'empty').mkdir()
     assert 'empty' in refusal('folder', tmp_path)
     write(tmp_path / 'train' / 'empty' / 'a.gif', b'')
     assert f'{tmp_path / "train" / "empty"}: no image' in refusal('folder', tmp_path)
+
+
+@pytest.mark.parametrize('to', ['.', 'loop', '../../train'])
+def test_a_circle_of_links_is_refused(to, tmp_path):
+    own(tmp_path, train={'cat': 2, 'dog': 2}, test={'cat': 1})
+    (tmp_path / 'train' / 'cat' / 'loop').symlink_to(to)
+    (tmp_path / 'train' / 'loop').symlink_to('loop')
+    assert f'{tmp_path}/train: ' in refusal('folder', tmp_path)
+    (tmp_path / 'train' / 'loop').unlink()
+    if to != 'loop':  # which is no folder, and no image
+        assert f'{tmp_path}/train: a file is there twice' in refusal('folder', tmp_path)
 
 
 # ---- Crops and flips ------------------------------------------------------------------------------------
