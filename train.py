@@ -14,11 +14,6 @@ All settings are in configs.yaml. Results go to runs/TASK/MODEL/METHOD/seedS/: l
 The same command again goes on where a run was interrupted, and does not repeat what is finished.
 """
 
-import signal
-
-if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
-
 import argparse
 import difflib
 import hashlib
@@ -29,6 +24,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -346,17 +342,17 @@ def run(config, again=False):
     What an earlier process finished is not run again, and where it was interrupted it goes on. With `again` it is
     made anew in a folder within its own, and takes the old one's place when it has ended."""
     folder, device = folder_of(config), find_device(config.device)
-    take_place(folder)
     config.precision, why = number_format(config, device)
     task = data.load(config)
     model = synchronised(make_model(config, len(task.classes)).to(device), device)
     vars(config).update(data.digest(task, config))
     if not again and (result := read_result(folder)):
         same_settings(result['config'], config, folder)
-        restore_params(folder, result, config)
-        say(f'{folder}: finished before, {100 * result["accuracy"]:.2f}%; --again runs it again')
-        return result
-    place = folder / AGAIN if again and folder.exists() else folder
+        if has_params(folder, result):
+            say(f'{folder}: finished before, {100 * result["accuracy"]:.2f}%; --again runs it again')
+            return result
+        say(f'{folder}: params.pth is not what result.json was measured with, and is made again')
+    place = folder / AGAIN if again else folder
     learn, score = decoded(config, task, device)
     if hasattr(model, 'prepare'):
         model.prepare(data.batches(task.train, config, device))
@@ -372,14 +368,13 @@ def run(config, again=False):
             left = sum(r['seconds'] for r in records) / len(records) * (config.epochs - len(records))
             say('epoch {epoch:3d}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  {images_per_second:.0f} images/s  '
                 '{left} left'.format(**record, epochs=config.epochs, left=clock(left)))
-        result = finish(place, model, score, task, config, records, device)
-    except FloatingPointError as e:
-        raise Diverged(f'{e}. {kept(place, records)}. Lower the learning rate: --set lr={config.lr / 4:g}') from None
-    except KeyboardInterrupt as stop:
-        stop.where = f'{kept(place, records, config.epochs)}; the same command goes on from there'
-        raise
-    take_place(folder)
-    return result
+        return finish(place, model, score, task, config, records, device)
+    except FloatingPointError as error:
+        raise Diverged(f'{error}. {kept(place, records, config)}. Lower the learning rate: '
+                       f'--set lr={config.lr / 4:g}') from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f'stopped. {kept(place, records, config)}; the same command goes on '
+                                'from there') from None
 
 
 def synchronised(model, device):
@@ -405,32 +400,27 @@ def decoded(config, task, device):
     return data.in_memory(learn, config, device), data.in_memory(score, config, torch.device('cpu'))
 
 
-def packed(tensors, config):
-    """The bytes of params.pth: what was trained, in the number format that is asked for."""
-    file = io.BytesIO()
-    dtype = getattr(torch, config.save_dtype)
-    torch.save({name: x.to('cpu', dtype if x.is_floating_point() else x.dtype) for name, x in tensors.items()}, file)
-    return file.getvalue()
-
-
 def finish(folder, model, score, task, config, records, device):
     """Score the model as the last epoch left it; print, write and return the result."""
-    params, loss, masked = packed(trained(model), config), records[-1]['loss'], config.source in data.MASKED
+    file, dtype, masked = io.BytesIO(), getattr(torch, config.save_dtype), config.source in data.MASKED
     guess = math.log(len(task.classes)) * (1 + 4 * ivpt.AUXILIARY if masked else 1)  # of all heads
+    torch.save({name: x.to('cpu', dtype if x.is_floating_point() else x.dtype) for name, x in trained(model).items()},
+               file)
     result = {'task': config.task, 'model': config.model, 'method': config.method, 'seed': config.seed,
               'score_on': config.score_on, **evaluate(model, score, config, device), 'images': len(score),
-              'trained_parameters': count(model), 'final_loss': loss,
+              'trained_parameters': count(model), 'final_loss': records[-1]['loss'],
               'seconds': sum(record['seconds'] for record in records), 'classes': task.classes,
-              'config': vars(config), 'params_digest': digest(params), **environment(device)}
-    write(folder / 'params.pth', params)
+              'config': vars(config), 'params_digest': digest(file.getvalue()), **environment(device)}
+    write(folder / 'params.pth', file.getvalue())
     write_result(folder, result)
+    folder = take_place(folder)
     paper = config.paper_accuracy if config.score_on == 'test' else 0
     say(f'{config.score_on} {"mIoU" if masked else "accuracy"} after the last epoch: '
         f'{100 * result["accuracy"]:.2f}% of {len(score)} images'
         f'{f"; the paper: {paper}%" if paper else ""}{is_random(vars(config))}. {folder}\n')
-    if loss > guess:
-        say(f'{folder} has learned nothing: its last loss, {loss:.3g}, is above that of a guess, {guess:.3g}. '
-            f'Lower the learning rate: --set lr={config.lr / 4:g}')
+    if result['final_loss'] > guess:
+        say(f'{folder} has learned nothing: its last loss, {result["final_loss"]:.3g}, is above that of a guess, '
+            f'{guess:.3g}. Lower the learning rate: --set lr={config.lr / 4:g}')
     return result
 
 
@@ -445,12 +435,9 @@ def environment(device):
             'torchvision': torchvision.__version__}
 
 
-def kept(folder, records, epochs=0):
-    """Where the epochs that are done can be found, and, with their number in all, where it stopped."""
-    place = f'Epoch {len(records)} is kept in {folder}' if records else 'No epoch was done yet'
-    if not epochs:
-        return place
-    return (f'in epoch {len(records) + 1} of {epochs}. ' if len(records) < epochs else 'while testing. ') + place
+def kept(folder, records, config):
+    """How far a run got that is stopped."""
+    return f'{len(records)} of {config.epochs} epochs are kept in {folder}'
 
 
 def header(config, task, model, device, why):
@@ -467,7 +454,8 @@ def header(config, task, model, device, why):
         say(f'          {note}')
     say(f'backbone  {config.model} at {config.img_size} pixels, {size / 1e6:.2f}M parameters in all'
         f'{table_18}, weights {config.weights} ({config.backbone})')
-    say(f'pixels    {config.normalisation}')
+    say(f'pixels    mean {config.mean}, std {config.std}; if the weights were trained with others: '
+        '--set mean=[...] std=[...]')
     say(f'method    {config.method}, seed {config.seed}: {count(model) / 1e6:.3f}M trained ({sizes}){paper}')
     say('device    {device}, {threads} threads, torch {torch}, torchvision {torchvision}'.format(**environment(device)))
     say(f'numbers   {config.precision}: {why}')
@@ -490,12 +478,11 @@ def say(line):
         print(f'\r{line:<79}' if sys.stdout.isatty() else line, flush=True)
 
 
-# ---- The files of a run: whole at every moment, and found out if they are not -----------------------------
+# ---- The files of a run: whole at every moment, and found out if they are not ----------------------------
 
 CHECKPOINTS = ('checkpoint-0.pth', 'checkpoint-1.pth')  # after an even and an odd number of epochs
-NAMES = (*CHECKPOINTS, 'log.jsonl', 'params.pth', 'result.json')
-FREE = {'data', 'weights', 'runs', 'point', 'workers', 'device', 'cache_gb', 'grid', 'normalisation', 'paper_accuracy',
-        'paper_params', 'paper_backbone_params'}  # settings that change no number of a run; paths have digests instead
+FREE = {'data', 'weights', 'runs', 'point', 'workers', 'device', 'cache_gb', 'grid', 'paper_accuracy', 'paper_params',
+        'paper_backbone_params'}  # settings that change no number of a run; paths have digests instead
 AGAIN = 'again'  # in a run's folder: the same run, made anew, until it has ended
 
 
@@ -553,30 +540,26 @@ def write_log(folder, records):
     write(folder / 'log.jsonl', ''.join(json.dumps(record) + '\n' for record in records).encode())
 
 
-def read_checkpoint(path, config):
-    """What `save` wrote; None if it is not there, or is damaged or of another run and so was set aside."""
-    if (content := read(path)) is None:
+def read_checkpoint(path):
+    """What `save` wrote; None if it is not there, or is damaged, which is said."""
+    content = read(path)
+    if content is None:
         return None
-    if digest(content[64:]).encode() != content[:64]:
-        return set_aside(path, 'damaged')
-    try:
-        checkpoint = torch.load(io.BytesIO(content[64:]), map_location='cpu', weights_only=True)
-        name = [checkpoint['config'][name] for name in ('task', 'model', 'method', 'seed')]
-    except Exception:  # code, which is not run, or not what `save` writes
-        return set_aside(path, 'no checkpoint')
-    if name != [config.task, config.model, config.method, config.seed]:
-        return set_aside(path, 'of another run')
-    return checkpoint
+    if digest(content[64:]).encode() == content[:64]:
+        with suppress(Exception):  # code, which is not run
+            return torch.load(io.BytesIO(content[64:]), map_location='cpu', weights_only=True)
+    say(f'{path} is damaged and is not used')
+    return None
 
 
 def resume(folder, model, optimizer, scaler, config, device):
     """Put model, optimizer and scaler where the newest whole checkpoint left them; return the records of its epochs."""
-    found = [checkpoint for name in CHECKPOINTS if (checkpoint := read_checkpoint(folder / name, config))]
+    found = [checkpoint for name in CHECKPOINTS if (checkpoint := read_checkpoint(folder / name))]
+    if folder.name == AGAIN:  # what was made anew with other settings, and never ended, is dropped
+        found = [checkpoint for checkpoint in found if not differences(checkpoint['config'], vars(config))]
     if not found:
         return []
     newest = max(found, key=lambda checkpoint: len(checkpoint['records']))
-    if folder.name == AGAIN and differences(newest['config'], vars(config)):
-        return start_over(folder)
     same_settings(newest['config'], config, folder)
     then, now = ({name: x.shape for name, x in tensors.items()} for tensors in (newest['trained'], trained(model)))
     if then != now:
@@ -590,23 +573,15 @@ def resume(folder, model, optimizer, scaler, config, device):
     return newest['records']
 
 
-def start_over(folder):
-    """Remove what an earlier process left of a run. Returns the records of the epochs that are left: none."""
-    for path in (*(folder / name for name in NAMES), *folder.glob('*.part')):
-        path.unlink(missing_ok=True)
-    return []
-
-
 def take_place(folder):
-    """Put the files of a run that was made anew, and has ended, in the place of the old ones; result.json last."""
-    if (folder / AGAIN / 'result.json').exists() and parts()[0] == 0:
-        for name in NAMES:
-            if (folder / AGAIN / name).exists():
-                (folder / AGAIN / name).replace(folder / name)
-        start_over(folder / AGAIN)
-        (folder / AGAIN).rmdir()
-    if parts()[1] > 1:
-        dist.barrier()  # nobody goes on before it is done
+    """Put a run that was made anew, and has ended, in the place of the old one. Returns where its files are."""
+    if folder.name != AGAIN:
+        return folder
+    if parts()[0] == 0:
+        for path in sorted(folder.iterdir()):  # result.json last
+            path.replace(folder.parent / path.name)
+        folder.rmdir()
+    return folder.parent
 
 
 def differences(old, new):
@@ -622,34 +597,21 @@ def same_settings(old, config, folder):
                          'on, --again to start over, or another folder with --set runs=DIR')
 
 
-def set_aside(path, why):
-    """Rename a file that cannot be used, and say so. Returns None."""
-    if parts()[0] > 0:
-        return
-    aside = next(aside for n in itertools.count(1) if not (aside := path.with_name(f'{path.name}.damaged{n}')).exists())
-    path.replace(aside)
-    say(f'{path} is {why}: set aside as {aside.name}')
-
-
 def write_result(folder, result):
-    """Write result.json with a digest of its own content."""
-    result['digest'] = digest(json.dumps(result | {'digest': ''}).encode())
+    """Write result.json."""
     write(folder / 'result.json', (json.dumps(result, indent=1) + '\n').encode())
 
 
 def read_result(folder):
-    """What `write_result` wrote; None if there is none, or it is damaged and so was set aside."""
-    if (content := read(folder / 'result.json')) is None:
-        return None
-    return parse_result(content) or set_aside(folder / 'result.json', 'damaged')
+    """What `write_result` wrote; None if there is none, or it is damaged."""
+    with suppress(ValueError, TypeError, RecursionError):
+        result = json.loads(read(folder / 'result.json') or '')
+        return result if 'config' in result else None
 
 
-def parse_result(content):
-    """The result in the bytes of a result.json; None if they are not what `write_result` wrote."""
-    with suppress(ValueError, KeyError, TypeError, RecursionError):
-        result = json.loads(content)
-        if result['digest'] == digest(json.dumps(result | {'digest': ''}).encode()):
-            return result
+def has_params(folder, result):
+    """Whether params.pth is what a result was measured with."""
+    return digest(read(folder / 'params.pth') or b'') == result['params_digest']
 
 
 # ---- Many runs ------------------------------------------------------------------------------------------
@@ -664,8 +626,8 @@ def run_all(runs, again, searching):
         first.setdefault((config.task, config.model, config.method), config)
     jobs = [point for config in first.values() for point in points(config) if searching] + runs
     (store, turns), said = take_turns(len(jobs), runs[0].device), set()
-    for config in map(jobs.__getitem__, turns):
-        result = None  # what the others see of a run that failed
+    for i in turns:
+        config, result = jobs[i], None  # what the others see of a run that failed
         try:
             if searching and not config.point:
                 key = config.task, config.model, config.method
@@ -734,7 +696,7 @@ def search(config, store):
     return best
 
 
-def swept(text, changes, defaults):
+def swept(text, changes):
     """The settings of each point of --sweep NAME=V1,V2,...; one without settings if there is no --sweep."""
     if text is None:
         return [{}]
@@ -745,7 +707,7 @@ def swept(text, changes, defaults):
         raise InputError(f'--sweep {text}: {name} is given by --set too; leave one of the two out')
     if not all(re.fullmatch(r'[\w.+-]+', value) for value in values.split(',')):  # they are names of folders
         raise InputError(f'--sweep takes NAME=V1,V2,... with numbers or words, not {text!r}')
-    return [{name: value} for value in dict.fromkeys(parsed(name, value, defaults) for value in values.split(','))]
+    return [{name: value} for value in dict.fromkeys(values.split(','))]
 
 
 def sweep(runs, name, again):
@@ -782,15 +744,13 @@ def spread(values):
 
 
 def collect(folder, tasks, models, methods, seeds):
-    """The test results below a folder by (model, task, method, seed), and whether all files were whole. A result
-    counts as what it says of itself, wherever it lies. No tasks, models, methods or seeds: all."""
-    results, whole = {}, True
+    """The test results below a folder by (model, task, method, seed). A result counts as what it says of itself,
+    wherever it lies. No tasks, models, methods or seeds: all."""
+    results = {}
     for path in sorted(folder.rglob('result.json')):
-        result = parse_result(read(path))
+        result = read_result(path.parent)
         if not result:
-            complain(f'{path} is damaged and is left out; run it again')
-            whole = False
-            continue
+            raise InputError(f'{path} is damaged; give the command of its run again')
         model, task, *run = key = tuple(result['config'][name] for name in ('model', 'task', 'method', 'seed'))
         wanted = all(not names or name in names for name, names in zip(key, (models, tasks, methods, seeds)))
         main = path.parent.name != AGAIN and not result['config'].get('point')  # and not a point of a sweep
@@ -800,10 +760,10 @@ def collect(folder, tasks, models, methods, seeds):
             results[key] = result
             if 'multi_scale' in result:
                 results[model, f'{task}_ms', *run] = result | {'accuracy': result['multi_scale']}
-    if not results and whole:
+    if not results:
         raise InputError(f'{folder}: no finished run of what is named; train it first, or name the folder with '
                          '--set runs=DIR')
-    return results, whole
+    return results
 
 
 def report(configs, folder, names=None, models=None, methods=None, seeds=None):
@@ -811,8 +771,8 @@ def report(configs, folder, names=None, models=None, methods=None, seeds=None):
     paper's with the difference, where it has one for just this backbone: a table for each. A group is the mean of its
     members, and empty as long as one is missing. Below a table, what its runs differ in beside method and seed.
 
-    names: of tasks and groups. What is not given is all that has been run. Returns the exit status."""
-    results, whole = collect(folder, names and tasks_of(configs, names), models, methods, seeds)
+    names: of tasks and groups. What is not given is all that has been run."""
+    results = collect(folder, names and tasks_of(configs, names), models, methods, seeds)
     backbones = {}
     for (model, *key), result in results.items():
         backbones.setdefault(model + is_random(result['config']), {})[tuple(key)] = result
@@ -826,7 +786,6 @@ def report(configs, folder, names=None, models=None, methods=None, seeds=None):
         table(configs, mine, shown, methods or known + sorted(found - {*known}))
         for task in shown:
             say_differences(task, [result for (name, *_), result in mine.items() if name == task])
-    return 0 if whole else 2
 
 
 def table(configs, results, shown, methods):
@@ -878,7 +837,7 @@ def with_noise(runs, rates, device, changes, code):
     """Test finished runs on images that are mixed with noise (Figures 4 and 6), add the accuracies to their results,
     and print them, method by method. What is wrong with one run is said, and the next has its turn. Returns the exit
     status."""
-    found, said = {}, set()
+    found, status = {}, 0
     for folder in runs:
         try:
             config, classes, model = open_run(folder, device, changes, code)
@@ -891,11 +850,11 @@ def with_noise(runs, rates, device, changes, code):
                 found.setdefault(curve_of(config), {rate: [] for rate in rates})[rate].append(score)
         except InputError as error:
             complain(error)
-            said.add(str(error))
+            status = 2
     if found:
         path = Path(os.path.commonpath(runs)) / 'noise.png'
         draw_accuracies(path, 'proportion of noise', {rate: f'{rate:g}' for rate in rates}, found)
-    return 2 if said else 0
+    return status
 
 
 # ---- Looking at a run (Figure 7) -----------------------------------------------------------------------
@@ -969,9 +928,9 @@ def open_run(folder, device, changes=None, code=()):
     result = read_result(folder)
     if not result:
         raise InputError(f'{folder}: no finished run; train it first')
+    if not has_params(folder, result):
+        raise InputError(f'{folder}: params.pth is not what result.json was measured with; train it again')
     stored = result['config']
-    if 'backbone' not in stored:
-        raise InputError(f'{folder}: an older version made it, without digests of its data; train it again')
     config = SimpleNamespace(**stored | {name: (changes or {}).get(name, stored[name]) for name in ('data', 'weights')})
     if '.py:' in config.tune and config.tune not in code:
         raise InputError(f'{folder}: it was made by {config.tune}, which is code: name it with --method')
@@ -984,22 +943,8 @@ def open_run(folder, device, changes=None, code=()):
     if getattr(config, 'code', None) != stored.get('code'):
         raise InputError(f'{folder}: {config.tune} is not the code any more that made it; --again trains anew')
     config.weights, config.backbone = stored['weights'], stored['backbone']
-    restore_params(folder, result, config)
     model.load_state_dict(vit.read_state_dict(folder / 'params.pth'), strict=False)
     return config, result['classes'], model
-
-
-def restore_params(folder, result, config):
-    """Make sure that params.pth is what result.json was measured with; a lost one is in the last checkpoint."""
-    if digest(read(folder / 'params.pth') or b'') == result['params_digest']:
-        return
-    for name in CHECKPOINTS:
-        checkpoint = read_checkpoint(folder / name, config)
-        params = packed(checkpoint['trained'], config) if checkpoint else b''
-        if digest(params) == result['params_digest']:
-            say(f'{folder / "params.pth"} was lost, or is another: taken again from {name}')
-            return write(folder / 'params.pth', params)
-    raise InputError(f'{folder}/params.pth is not what result.json beside it was measured with; --again trains anew')
 
 
 def task_of(config, folder):
@@ -1150,29 +1095,19 @@ def settings(configs, task, method=None, model=None, changes=None):
     defaults, changes, runs = configs['defaults'], changes or {}, []
     of_task = entry(configs, 'tasks', task)
     model = model or of_task.get('model', defaults['model'])
-    of_model = model_entry(configs, model)
+    of_model = entry(configs, 'models', model)
     for name in dict.fromkeys(str(method or of_task.get('method', defaults['method'])).split(',')):
-        config, source, own = dict(defaults), dict.fromkeys(defaults, 'defaults'), entry(configs, 'methods', name)
+        config, own = dict(defaults), entry(configs, 'methods', name)
         known = own | defaults if ':' in own.get('tune', '') else defaults  # a method in a file has settings of its own
         for where, layer in ((f'models: {model}', of_model), (f'tasks: {task}', of_task),
                              (f'methods: {name}', own), ('--set', changes)):
             config |= {key: checked(key, value, known, where) for key, value in layer.items()}
-            source |= dict.fromkeys(layer, where)
         config |= {'task': task, 'method': name, 'model': model, 'point': ''}
         config['img_size'] = config['img_size'] or vit.parse_name(model)[2]
-        config['normalisation'] = normalisation(config, source, of_model)
         config['paper_accuracy'] = published(configs, config, task) or 0.0
         config['paper_params'] = published(configs, config, 'params') or 0.0
         runs.append(SimpleNamespace(**config))
     return runs
-
-
-def normalisation(config, source, of_model):
-    """A line on what pixels are normalised with, and from where that is. It is a property of the weights."""
-    line = 'mean {mean}, std {std}, of '.format(**config) + ' and '.join(dict.fromkeys((source['mean'], source['std'])))
-    if config['weights'] in ('random', of_model.get('weights')) or source['mean'] == source['std'] == '--set':
-        return line
-    return f'{line}; if {config["weights"]} was trained with others: --set mean=[...] std=[...]'
 
 
 def published(configs, config, column):
@@ -1186,25 +1121,21 @@ def published(configs, config, column):
 
 
 def entry(configs, section, name):
-    """An entry of configs.yaml by name; that of a method that is a function in a file is its name."""
+    """An entry of configs.yaml by name. A method that is a function in a file, and a model by a name in timm's grammar
+    that says nothing of the pre-training, need none."""
+    if name in configs[section]:
+        return configs[section][name]
     if section == 'methods' and '.py:' in name:
         return {'tune': name}
-    if name not in configs[section]:
-        raise InputError(f'unknown {section[:-1]} {name!r}{nearest(name, configs[section])}')
-    return configs[section][name]
-
-
-def model_entry(configs, name):
-    """An entry of models, or {} for a name in timm's grammar that says nothing of the pre-training."""
-    if '.' in name or name in configs['models']:
-        return entry(configs, 'models', name)
-    vit.parse_name(name)
-    return {}
+    if section == 'models' and '.' not in name:
+        vit.parse_name(name)
+        return {}
+    raise InputError(f'unknown {section[:-1]} {name!r}{nearest(name, configs[section])}')
 
 
 def nearest(name, known):
     """What may have been meant, and what there is."""
-    close = difflib.get_close_matches(name, known, n=1) if len(name) < 100 else []
+    close = difflib.get_close_matches(name, known, n=1)
     return f': did you mean {close[0]!r}?' if close else f': one of {", ".join(known)}'
 
 
@@ -1220,17 +1151,8 @@ def colours(x):
     return len(x) == 3 and all(type(c) in (int, float) and abs(c) < 1e6 for c in x)
 
 
-def palette(x):
-    return x and len(set(x)) == len(x) and set(x) <= set(data.COLOURS)
-
-
-def grid(x):
-    return x and all(type(values) is list and values for values in x.values())
-
-
 ANY = (lambda x: True, '')
-TEXT = (str.isprintable, 'is a text without line ends and control characters')
-FOLDER = (lambda x: x and x.isprintable(), 'is the name of a folder')
+FOLDER = (bool, 'is the name of a folder')
 COUNT = (lambda x: x == 'auto' or x.isdecimal() and int(x) <= 1024, 'is auto, or a number from 0 to 1024')
 TUNES = ('prompts', 'bias', 'head', 'all')
 
@@ -1250,25 +1172,29 @@ RULES = {
     'optimizer': one_of('SGD', 'AdamW'),
     'save_dtype': one_of('float32', 'float16'), 'structure': one_of(*ivpt.STRUCTURES),
     'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'readout': one_of('cls', 'mean'), 'source': one_of(*data.SOURCES),
-    'torchvision': one_of('', *data.TORCHVISION), 'aggregation': ANY, 'device': TEXT, 'task': TEXT,
-    'precision': one_of('auto', 'float32', 'bfloat16', 'float16'), 'method': TEXT,
-    'model': TEXT, 'data': FOLDER, 'runs': FOLDER, 'weights': TEXT, 'dir': TEXT, 'images': TEXT, 'ask': TEXT,
-    'colours': (palette, f'is some of {", ".join(data.COLOURS)}'),
+    'torchvision': one_of('', *data.TORCHVISION),
+    'precision': one_of('auto', 'float32', 'bfloat16', 'float16'), 'data': FOLDER, 'runs': FOLDER,
+    **dict.fromkeys(('task', 'method', 'model', 'weights', 'dir', 'images', 'ask', 'device', 'aggregation'), ANY),
+    'colours': (lambda x: 0 < len(x) == len(set(x) & set(data.COLOURS)), f'is some of {", ".join(data.COLOURS)}'),
     'mean': (colours, 'is three numbers, one a colour'),
     'std': (lambda x: colours(x) and min(x) > 0, 'is three numbers, one a colour, above 0'),
-    'grid': (grid, 'is a list of values for each setting')}
+    'grid': (lambda x: x and all(type(values) is list and values for values in x.values()),
+             'is a list of values for each setting')}
 
 
 def checked(key, value, defaults, where):
-    """A setting's value in the type of its default. Raises InputError if it cannot be one."""
+    """A setting's value, or its text on the command line, in the type of its default. Raises InputError if it cannot
+    be one."""
     if key not in defaults:
         raise InputError(f'{where}: unknown setting {key!r}{nearest(str(key), defaults)}')
     kind, (fits, rule) = type(defaults[key]), RULES.get(key, ANY)
     if kind is str and type(value) is int:
         value = str(value)
-    if kind is float and type(value) in (int, str):  # YAML takes 1e-3 for a word
+    if kind in (int, float) and type(value) in (int, str):  # YAML takes 1e-3 for a word, and 010 for 8
         with suppress(ValueError, OverflowError):
-            value = float(value)
+            value = kind(value)
+    if kind in (bool, list, dict) and type(value) is str:
+        value = read_yaml(value, f'{where} {key}')
     if type(value) is not kind:
         raise InputError(f'{where}: {key} is a {kind.__name__}, as {defaults[key]!r}, not {repr(value)[:100]}')
     if not fits(value):
@@ -1276,17 +1202,6 @@ def checked(key, value, defaults, where):
     if key == 'grid':
         return {name: [checked(name, x, defaults, where) for x in values] for name, values in value.items()}
     return value
-
-
-def parsed(key, text, defaults):
-    """The value of a setting that the command line gives as text: decimal numbers, and texts as they are."""
-    kind = type(defaults.get(key))
-    if kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    elif kind is not str:
-        return read_yaml(text, f'--set {key}')
-    return os.path.expanduser(text) if key in ('data', 'runs', 'weights') else text
 
 
 def read_yaml(text, where):
@@ -1305,8 +1220,6 @@ def read_configs():
         for name in RULES:
             checked(name, defaults[name], defaults, 'configs.yaml: defaults')
         for task, method in product(tasks_of(configs, [*configs['tasks'], *configs['groups']]), configs['methods']):
-            if not all(re.fullmatch(r'\w[\w.+-]*', name) for name in (task, method)):  # they are names of folders
-                raise InputError(f'configs.yaml: {task!r}, {method!r}: names have letters, digits, . _ + -')
             settings(configs, task, method)
         for model in configs['models']:
             settings(configs, defaults['task'], defaults['method'], model)
@@ -1323,10 +1236,10 @@ class Parser(argparse.ArgumentParser):
     """argparse that leaves the last word to main."""
 
     def error(self, message):
-        raise InputError(f'{message}; python train.py --help lists what there is')
+        raise InputError(f'{message}; a setting is changed by --set NAME=VALUE, and --help lists the options')
 
 
-def arguments(argv, defaults):
+def arguments(argv):
     """The command line, parsed, with the settings that it changes."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--task', help='an entry of tasks in configs.yaml, or several: A,B')
@@ -1348,12 +1261,7 @@ def arguments(argv, defaults):
     what.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend',
                       help='classify these images by a finished run, and draw its attention')
     parser.add_argument('--again', action='store_true', help='make anew what is finished or was interrupted')
-    args, unknown = parser.parse_known_args(argv)
-    for option in unknown:
-        name = option.lstrip('-').partition('=')[0]
-        known = ['--task', '--method', '--model', '--seed', '--weights', '--data', '--set', '--help']
-        advice = f': write --set {name}=VALUE' if name in defaults else nearest(option, known)
-        raise InputError(f'there is no option {option}{advice}')
+    args = parser.parse_args(argv)
     refuse_idle(args)
     given = [change.partition('=') for change in args.set]
     given += [(name, '=', getattr(args, name)) for name in ('weights', 'data') if getattr(args, name) is not None]
@@ -1362,7 +1270,8 @@ def arguments(argv, defaults):
             raise InputError(f'--set takes NAME=VALUE, not {name!r}')
         if name in ('task', 'method', 'model', 'seed'):
             raise InputError(f'--set {name}={value}: write --{name} {value}')
-    changes = {name: parsed(name, value, defaults) for name, _, value in given}
+    changes = {name: os.path.expanduser(value) if name in ('data', 'runs', 'weights') else value
+               for name, _, value in given}
     if 'data' in changes and not os.path.isdir(changes['data']):
         raise InputError(f'{changes["data"]}: there is no such folder of data sets; make it to download them there')
     return args, changes
@@ -1382,29 +1291,27 @@ def main(argv=None):
     """Do what the command line asks for. Returns the exit status; what the user got wrong is one line."""
     try:
         configs = read_configs()
-        return command(*arguments(argv, configs['defaults']), configs)
+        return command(*arguments(argv), configs)
     except (InputError, OSError, torch.OutOfMemoryError) as error:  # an OSError names its file
         complain(error)
         return 2
     except KeyboardInterrupt as stop:
-        complain(f'stopped {getattr(stop, "where", "while nothing was training; what is finished is kept")}')
-        return getattr(stop, 'status', 130)
+        complain(str(stop) or 'stopped; what is finished is kept')
+        return 130
 
 
 def command(args, changes, configs):
     """Report, draw, test or train, by the command line's arguments and the settings that it changes."""
     defaults, named = configs['defaults'], lambda text: list(dict.fromkeys(text.split(','))) if text is not None else []
     tasks, methods, models = named(args.task), named(args.method), named(args.model)
-    seeds = [checked('seed', parsed('seed', seed, defaults), defaults, '--seed') for seed in named(args.seed)]
+    seeds = [checked('seed', seed, defaults, '--seed') for seed in named(args.seed)]
     if args.report:
-        for section, names in (('tasks', tasks_of(configs, tasks)), ('methods', methods)):
+        for section, names in (('tasks', tasks_of(configs, tasks)), ('methods', methods), ('models', models)):
             for name in names:
                 entry(configs, section, name)
-        for name in models:
-            model_entry(configs, name)
-        folder = Path(checked('runs', changes.get('runs', defaults['runs']), defaults, '--set'))
-        return report(configs, folder, tasks, models, methods, seeds)
-    points, tasks = swept(args.sweep, changes, defaults), tasks_of(configs, tasks or [defaults['task']])
+        report(configs, Path(changes.get('runs', defaults['runs'])), tasks, models, methods, seeds)
+        return 0
+    points, tasks = swept(args.sweep, changes), tasks_of(configs, tasks or [defaults['task']])
     runs = [config for task, model, seed, point in product(tasks, models or [None], seeds or [defaults['seed']], points)
             for config in settings(configs, task, args.method, model, changes | {'seed': seed} | point)]
     if args.sweep is not None:
@@ -1450,19 +1357,8 @@ def complain(what):
     print(f'train.py: {line}', file=sys.stderr, flush=True)
 
 
-def terminate(number, frame):
-    """A signal's handler: SIGTERM ends a run as Ctrl-C does, with a status that tells them apart."""
-    stop = KeyboardInterrupt()
-    stop.status = 128 + number
-    raise stop
-
-
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, terminate)
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python train.py | head` ends as other commands do
-    sys.stdout = sys.stdout or open(os.devnull, 'w')  # `>&-`
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors='backslashreplace')  # not every file's name, and not every terminal, is UTF-8
     sys.exit(main())

@@ -283,7 +283,7 @@ def test_test_pictures_are_looked_at_once_after_the_last_epoch(tmp_path, monkeyp
 def test_the_saved_parameters_are_those_that_were_trained_alone_and_give_the_same_logits(method, tmp_path):
     kept = {}
 
-    def accuracy(model, pictures, config, device, noise):
+    def accuracy(model, pictures, config, device):
         kept.update(model=model.eval())
         return 0.5
     config = tiny(method=method, runs=str(tmp_path), img_size=24)
@@ -398,7 +398,7 @@ def test_the_later_one_of_defaults_model_task_method_and_command_line_wins():
     ('grain=2.5', 'grain', 2.5), ('N=010', 'N', 10), ('runs=/x/h #1', 'runs', '/x/h #1'), ('runs=null', 'runs', 'null'),
     ('runs=~/x', 'runs', os.path.expanduser('~/x')), ('cache_gb=0.5', 'cache_gb', 0.5), ('weights=', 'weights', '')])
 def test_any_setting_can_be_given_on_the_command_line(said, name, value):
-    _, changes = train.arguments(['--set', said], CONFIGS['defaults'])
+    _, changes = train.arguments(['--set', said])
     config, = train.settings(CONFIGS, 'where_blue', 'ivpt', changes=changes)
     assert getattr(config, name) == value and isinstance(getattr(config, name), type(value))
 

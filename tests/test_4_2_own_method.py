@@ -175,7 +175,7 @@ def test_adamw_decays_matrices_alone_and_sgd_all_but_the_heads_bias(method, deca
 def test_sct_and_spt_choose_by_the_training_pictures_alone_and_keep_it_in_the_checkpoint(method, chosen, score_on, tmp_path):
     config = tiny('where_blue', method, runs=str(tmp_path), img_size=24, epochs=1, score_on=score_on)
     train.run(config)
-    trained = train.read_checkpoint(train.folder_of(config) / 'checkpoint-1.pth', config)['trained']
+    trained = train.read_checkpoint(train.folder_of(config) / 'checkpoint-1.pth')['trained']
     model = train.make_model(config, 9)
     model.prepare(data.batches(data.load(config).train, config, torch.device('cpu')))
     of_train = {name: x for name, x in model.state_dict().items() if name.endswith(chosen)}
