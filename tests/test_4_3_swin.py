@@ -30,6 +30,7 @@ from pictures import run
 from strategies import METHODS, OTHERS, Case, cases, random_model, randomised
 
 import data
+import paper
 import train
 import vit
 from ivpt import IVPTSwin, cdc_da, look
@@ -567,7 +568,7 @@ def test_a_run_on_a_swin_is_shown_with_a_map_for_each_layer_of_each_stage(tmp_pa
     assert train.main([*argv, '--show', '--set', f'runs={tmp_path}']) == 0
     L = sum(n for n, *_ in vit.build(SMALL).sizes)
     with Image.open(tmp_path / 'where_blue' / SMALL / 'attention.png') as drawn:
-        assert drawn.width == 2 + (1 + L) * (train.TILE + 2)
+        assert drawn.width == 2 + (1 + L) * (paper.TILE + 2)
 
 
 @pytest.mark.parametrize('method, said', [

@@ -19,6 +19,7 @@ from torch import nn
 
 import data
 import ivpt
+import paper
 import train
 import vit
 from vit import IGNORED, InputError
@@ -519,14 +520,14 @@ def runs(tmp_path_factory):
 def test_show_draws_picture_truth_and_answer_side_by_side(runs):
     assert train.main(['--task', 'shapes_masks', '--method', 'linear,cdc', '--weights', 'random', '--show', '--set', f'runs={runs}']) == 0
     drawn = np.asarray(Image.open(runs / 'shapes_masks' / NANO / 'masks.png')).astype(int)
-    drawn, side = drawn[18:], train.TILE + 2  # below the words
+    drawn, side = drawn[18:], paper.TILE + 2  # below the words
     assert drawn.shape == (6 * side + 2, 3 * side + 2, 3)  # three test pictures of each run
     tile = lambda row, column: drawn[2 + row * side:(row + 1) * side, 2 + column * side:(column + 1) * side]
     assert (tile(0, 0) == tile(3, 0)).all() and (tile(0, 1) == tile(3, 1)).all() and (tile(0, 0) != tile(1, 0)).any()
     config, classes, model = train.open_run(runs / 'shapes_masks' / NANO / 'linear' / 'seed0', CPU)
     image, mask = data.load(config).test[0]
     for column, labels in (1, mask), (2, train.segment(model, image, config, CPU)):
-        expected = data.resize(train.painted(image, labels, 4), [train.TILE, train.TILE]).permute(1, 2, 0).numpy()
+        expected = data.resize(paper.painted(image, labels, 4), [paper.TILE, paper.TILE]).permute(1, 2, 0).numpy()
         assert (tile(0, column) == expected).all()
 
 

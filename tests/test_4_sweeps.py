@@ -2,6 +2,9 @@
 
 import json
 import re
+import runpy
+import signal
+import sys
 from statistics import fmean, stdev
 
 import numpy as np
@@ -13,6 +16,7 @@ from PIL import Image
 from pictures import CONFIGS, folder_of, images_tested, no_network, run, tiny  # noqa: F401
 
 import data
+import paper
 import train
 
 CPU = torch.device('cpu')
@@ -185,7 +189,7 @@ def results(tmp_path):
 
 
 def reported(capsys, *args):
-    train.report(REPORTED, *args)
+    paper.report(REPORTED, *args)
     out = capsys.readouterr().out
     return table(out), out
 
@@ -265,7 +269,7 @@ def test_a_result_counts_as_what_it_says_of_itself_and_twice_the_same_is_refused
     assert reported(capsys, tmp_path)[0][0] == ['method', 'trained', 'x']
     results('x', 'vpt', 0, 0.6, place='copy')
     with pytest.raises(train.InputError, match='there are two results of vit_base_patch16_224.m, x, vpt, 0'):
-        train.report(REPORTED, tmp_path)
+        paper.report(REPORTED, tmp_path)
 
 
 def test_a_report_of_a_damaged_result_is_refused_with_its_name(results, tmp_path):
@@ -274,7 +278,7 @@ def test_a_report_of_a_damaged_result_is_refused_with_its_name(results, tmp_path
     file = tmp_path / 'x/vit_base_patch16_224.m/vpt/seed0/result.json'
     file.write_text(file.read_text()[:-9])
     with pytest.raises(train.InputError, match=f'{file} is damaged'):
-        train.report(REPORTED, tmp_path)
+        paper.report(REPORTED, tmp_path)
 
 
 def test_a_report_of_some_seeds_leaves_the_others_out(results, tmp_path, capsys):
@@ -286,10 +290,11 @@ def test_a_report_of_some_seeds_leaves_the_others_out(results, tmp_path, capsys)
 
 def test_a_report_takes_the_seeds_of_the_command_line(tmp_path, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(train, 'report', lambda *args: asked.append(args[-1]) or 0)
+    monkeypatch.setattr(paper, 'report', lambda *args: asked.append(args[-1]))
+    monkeypatch.setattr(train, 'code_in', lambda path: paper)
     for argv in ((), ('--seed', '0,2,0')):
         assert train.main(['--report', *argv, '--set', f'runs={tmp_path}']) == 0
-    assert asked == [[], [0, 2]]
+    assert asked == [None, {0, 2}]
     assert train.main(['--report', '--seed', '*']) == 2
 
 
@@ -319,6 +324,19 @@ def test_a_report_shows_what_the_runs_printed(tmp_path, capsys):
             found = [100 * train.read_result(tmp_path / 'where_blue' / 'vit_nano_patch8_48' / row[0].strip('`') / f'seed{s}')['accuracy'] for s in (0, 1)]
             assert row[2] == f'{fmean(found):.1f} ± {stdev(found):.1f}'
     assert len(rows) >= 4
+
+
+def test_the_script_finds_its_tables_from_any_folder_and_is_not_loaded_a_second_time(results, tmp_path, capsys, monkeypatch):
+    results('pets', 'vpt', 0, 0.5)
+    monkeypatch.delitem(sys.modules, 'train')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--report', '--set', 'runs=.'])
+    pipe = signal.getsignal(signal.SIGPIPE)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(train.__file__, run_name='__main__')
+    signal.signal(signal.SIGPIPE, pipe)
+    assert end.value.code == 0 and table(capsys.readouterr().out)[2][2] == '50.0'
+    assert sys.modules['train'].__name__ == '__main__'
 
 
 # ---- Noise ----------------------------------------------------------------------------------------------
@@ -365,7 +383,7 @@ def test_noise_goes_into_the_results_of_finished_runs_and_is_printed_method_by_m
         stored = [train.read_result(tmp_path / 'where_blue' / 'vit_nano_patch8_48' / row[2].strip('`') / f'seed{seed}') for seed in (0, 1)]
         assert all(result['noise']['0'] == result['accuracy'] for result in stored)
         for rate, cell in zip(('0', '0.5'), row[3:]):
-            assert cell == train.spread([result['noise'][rate] for result in stored])
+            assert cell == paper.spread([result['noise'][rate] for result in stored])
     assert (tmp_path / 'where_blue/vit_nano_patch8_48/noise.png').stat().st_size > 1000
     assert run(tmp_path, *argv, '--noise', '0.9', **SMALL) == 0
     assert set(train.read_result(tmp_path / 'where_blue/vit_nano_patch8_48/ivpt/seed0')['noise']) == {'0', '0.5', '0.9'}
@@ -377,7 +395,7 @@ def test_a_seed_that_was_not_run_does_not_keep_the_noise_of_the_others_back(tmp_
     out, err = capfd.readouterr()
     assert err.count('\n') == 1 and 'seed0: no finished run' in err
     result = train.read_result(folder_of(tmp_path, 'linear', seed=1))
-    assert result['noise'] == {'0': result['accuracy']} and table(out)[-1][3] == train.spread([result['accuracy']])
+    assert result['noise'] == {'0': result['accuracy']} and table(out)[-1][3] == paper.spread([result['accuracy']])
 
 
 def test_runs_of_other_seeds_see_the_same_noise_on_the_images_that_they_were_tested_on(tmp_path):
@@ -407,9 +425,10 @@ def test_wrong_rates_and_runs_that_are_not_there_are_one_line(rates, said, tmp_p
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What `train.lines` is given instead of drawing it: (path, name of x, ticks, curves)."""
+    """What `paper.lines` is given instead of drawing it: (path, name of x, ticks, curves)."""
     calls = []
-    monkeypatch.setattr(train, 'lines', lambda path, x_name, y_name, ticks, curves: calls.append((path, x_name, ticks, curves)))
+    monkeypatch.setattr(train, 'code_in', lambda path: paper)
+    monkeypatch.setattr(paper, 'lines', lambda path, x_name, y_name, ticks, curves: calls.append((path, x_name, ticks, curves)))
     return calls
 
 
@@ -431,7 +450,7 @@ def test_k_is_0_means_no_attentive_reinforcement(tmp_path):
     assert run(tmp_path, '--method', 'ivpt', reinforcement='none', **SMALL) == 0
     swept, main = (train.read_result(folder) for folder in (folder_of(tmp_path) / 'sweep/k=0', folder_of(tmp_path)))
     assert swept['trained_parameters'] == main['trained_parameters']
-    assert train.losses(folder_of(tmp_path) / 'sweep/k=0') == train.losses(folder_of(tmp_path))
+    assert paper.losses(folder_of(tmp_path) / 'sweep/k=0') == paper.losses(folder_of(tmp_path))
 
 
 def test_each_accuracy_of_a_sweep_stands_below_its_value_and_beside_its_method(tmp_path, scored, drawn, capsys):
@@ -487,7 +506,7 @@ def test_the_loss_of_runs_is_drawn_by_whole_epochs_and_named_by_method_and_seed(
 def test_a_log_without_losses_is_refused(log, said, tmp_path):
     (tmp_path / 'log.jsonl').write_text(log)
     with pytest.raises(train.InputError, match=said):
-        train.losses(tmp_path)
+        paper.losses(tmp_path)
 
 
 def coloured(path, colour, area):
@@ -498,23 +517,23 @@ def coloured(path, colour, area):
 
 def test_every_curve_has_its_colour_and_its_mark_in_the_picture_and_in_the_legend(tmp_path):
     curves = {('x', 'm', f'method{i}'): [(0, 10 * i, 1.0), (1, 10 * i + 5, 1.0)] for i in range(7)}
-    train.lines(tmp_path / 'a.png', 'N', 'accuracy', {0: '1', 1: '5'}, curves)
+    paper.lines(tmp_path / 'a.png', 'N', 'accuracy', {0: '1', 1: '5'}, curves)
     assert Image.open(tmp_path / 'a.png').size == (800, 500 + 25 * 7)
-    for i, colour in enumerate(train.COLOURS):
+    for i, colour in enumerate(paper.COLOURS):
         assert coloured(tmp_path / 'a.png', colour, (100, 80, 760, 420)) > 300
         assert coloured(tmp_path / 'a.png', colour, (80, 490 + 25 * i, 170, 510 + 25 * i)) > 100
 
 
 def test_of_two_curves_that_are_equal_no_error_bar_hides_the_other(tmp_path):
     same = [(0, 50.0, 20.0), (1, 50.0, 20.0)]
-    train.lines(tmp_path / 'a.png', 'N', 'accuracy', {0: '1', 1: '5'}, {('x', 'm', 'a'): same, ('x', 'm', 'b'): same})
-    for colour in train.COLOURS[:2]:
+    paper.lines(tmp_path / 'a.png', 'N', 'accuracy', {0: '1', 1: '5'}, {('x', 'm', 'a'): same, ('x', 'm', 'b'): same})
+    for colour in paper.COLOURS[:2]:
         assert coloured(tmp_path / 'a.png', colour, (80, 80, 140, 235)) > 50  # above the line
 
 
 @given(low=st.floats(-1000, 1000), width=st.floats(0.001, 10_000))
 def test_an_axis_has_round_numbers_that_enclose_the_data(low, width):
-    ticks = train.round_numbers(low, low + width)
+    ticks = paper.round_numbers(low, low + width)
     numbers = [*ticks]
     step = float(f'{numbers[1] - numbers[0]:.6e}')
     assert 2 <= len(numbers) <= 7 and numbers[0] <= low + 1e-9 and low + width - 1e-9 <= numbers[-1]
@@ -524,7 +543,7 @@ def test_an_axis_has_round_numbers_that_enclose_the_data(low, width):
 
 
 def test_an_axis_of_one_number_has_that_number():
-    assert train.round_numbers(50, 50) == {50: '50'} and train.round_numbers(0, 0) == {0: '0'}
+    assert paper.round_numbers(50, 50) == {50: '50'} and paper.round_numbers(0, 0) == {0: '0'}
 
 
 @pytest.mark.parametrize('argv, said', [

@@ -14,6 +14,7 @@ from strategies import METHODS, OTHERS, cases, random_model, random_vit
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 import ivpt
+import paper
 import train
 from ivpt import look
 
@@ -84,29 +85,29 @@ def test_attention_lands_on_the_pixels_of_its_patch(side, draw):
     patch = draw.draw(st.integers(0, side * side - 1))
     w = torch.zeros(side * side)
     w[patch] = 0.3
-    drawn = train.heat_map(torch.full((3, train.TILE, train.TILE), 100, dtype=torch.uint8), w)
+    drawn = paper.heat_map(torch.full((3, paper.TILE, paper.TILE), 100, dtype=torch.uint8), w)
     hot = (drawn == 40 + 153).all(dim=0)
     row, column = patch // side, patch % side
     expected = torch.zeros(side, side).index_put((torch.tensor(row), torch.tensor(column)), torch.tensor(1.0))
-    pixel = (torch.arange(train.TILE) * side).div(train.TILE, rounding_mode='floor')
+    pixel = (torch.arange(paper.TILE) * side).div(paper.TILE, rounding_mode='floor')
     assert torch.equal(hot, expected[pixel][:, pixel].bool())
     assert (drawn[:, ~hot] == 40).all()
 
 
 def test_more_attention_is_never_darker():
     w = torch.linspace(0, 1, 16)
-    drawn = train.heat_map(torch.zeros(3, train.TILE, train.TILE, dtype=torch.uint8), w)
-    centres = torch.arange(4) * train.TILE // 4 + train.TILE // 8
+    drawn = paper.heat_map(torch.zeros(3, paper.TILE, paper.TILE, dtype=torch.uint8), w)
+    centres = torch.arange(4) * paper.TILE // 4 + paper.TILE // 8
     brightness = drawn.sum(dim=0)[centres][:, centres].flatten()
     assert (brightness.diff() > 0).all()
 
 
 @pytest.mark.parametrize('patch', [0, 5, 35])
 def test_reinforced_patches_are_outlined_and_no_other(patch):
-    plain = torch.zeros(3, train.TILE, train.TILE, dtype=torch.uint8)
-    changed = (train.heat_map(plain, torch.ones(36), [patch]) != train.heat_map(plain, torch.ones(36))).any(dim=0)
+    plain = torch.zeros(3, paper.TILE, paper.TILE, dtype=torch.uint8)
+    changed = (paper.heat_map(plain, torch.ones(36), [patch]) != paper.heat_map(plain, torch.ones(36))).any(dim=0)
     y, x = changed.nonzero(as_tuple=True)
-    side = train.TILE / 6
+    side = paper.TILE / 6
     for pixels, place in ((y, patch // 6), (x, patch % 6)):
         assert abs(pixels.min() - place * side) <= 2 and abs(pixels.max() - (place + 1) * side) <= 2
     assert not changed[y.min() + 4:y.max() - 3, x.min() + 4:x.max() - 3].any()  # an outline and no area
@@ -118,13 +119,13 @@ def test_runs_are_stacked_in_one_picture_that_opens(runs, capsys):
     path = runs / 'where_blue' / 'vit_nano_patch8_48' / 'attention.png'
     assert str(path) in capsys.readouterr().out
     width, height = Image.open(path).size
-    assert (width, height) == (7 * (train.TILE + 2) + 2, 18 + 4 * 2 * (18 + train.TILE + 4))
+    assert (width, height) == (7 * (paper.TILE + 2) + 2, 18 + 4 * 2 * (18 + paper.TILE + 4))
 
 
 def test_one_run_is_shown_in_its_own_folder(runs):
     folder = runs / 'where_blue' / 'vit_nano_patch8_48' / 'vpt' / 'seed0'
     assert train.main(['--show', '--run', str(folder)]) == 0
-    assert Image.open(folder / 'attention.png').size[1] == 18 + 4 * (18 + train.TILE + 4)
+    assert Image.open(folder / 'attention.png').size[1] == 18 + 4 * (18 + paper.TILE + 4)
 
 
 def test_linear_probing_can_be_shown_and_runs_of_other_depths_not_beside_it(runs, capsys):
@@ -165,7 +166,7 @@ def looked(monkeypatch):
 
 def rows_of(path):
     """The rows of Figure 7: of each the strip above it and its tiles."""
-    T = train.TILE
+    T = paper.TILE
     rows = pil_to_tensor(Image.open(path))[:, 18:].split(18 + T + 4, dim=1)
     return [(row[:, :18], [row[:, 20:20 + T, x:x + T] for x in range(2, row.shape[2] - 2, T + 2)]) for row in rows]
 
@@ -173,10 +174,10 @@ def rows_of(path):
 def drawn_of(image, seen, words):
     """The same, of one image [1, 3, H, W] and what one model saw of it; its tile as floats."""
     mean, std = (255 * torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
-    picture = resize((image[0] * std + mean).round(), [train.TILE] * 2)
+    picture = resize((image[0] * std + mean).round(), [paper.TILE] * 2)
     Omega = [()] * 6 if seen['Omega'] is None else [*seen['Omega'][0].tolist(), ()]  # nothing follows the last layer
-    maps = [train.heat_map(picture.round().to(torch.uint8), w, chosen) for w, chosen in zip(seen['w'][0], Omega)]
-    return train.caption([words], torch.empty(3, 1, 7 * (train.TILE + 2) + 2)), [picture, *maps]
+    maps = [paper.heat_map(picture.round().to(torch.uint8), w, chosen) for w, chosen in zip(seen['w'][0], Omega)]
+    return paper.caption([words], torch.empty(3, 1, 7 * (paper.TILE + 2) + 2)), [picture, *maps]
 
 
 def assert_drawn(row, expected):

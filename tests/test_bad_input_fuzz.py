@@ -43,9 +43,9 @@ def deep(n):
 
 @pytest.fixture(scope='module')
 def here(tmp_path_factory):
-    """A project folder with nothing but configs.yaml and the nano ViT; it is the working folder too."""
+    """A project folder with nothing but configs.yaml, the nano ViT and tests/paper.py; it is the working folder too."""
     folder = tmp_path_factory.mktemp('project')
-    shutil.copytree(HERE / 'tests', folder / 'tests', ignore=lambda *_: set(_[1]) - {'nano.pth'})
+    shutil.copytree(HERE / 'tests', folder / 'tests', ignore=lambda *_: set(_[1]) - {'nano.pth', 'paper.py'})
     shutil.copy(HERE / 'configs.yaml', folder)
     return folder
 

@@ -4,6 +4,7 @@ import ast
 import re
 
 import exercise
+import paper
 import pytest
 import train
 from exercise import EXERCISES, PARTS, PROJECT, main
@@ -225,8 +226,9 @@ def test_every_question_can_be_asked(command, monkeypatch):
                   config={'weights': ''})
     monkeypatch.setattr(train, 'read_configs', lambda: CONFIGS)
     monkeypatch.setattr(train, 'run', lambda config, *args: done.append(config) or result | {'config': vars(config)})
-    monkeypatch.setattr(train, 'show', lambda *args: done.append(args))
-    monkeypatch.setattr(train, 'lines', lambda *args: None)
+    monkeypatch.setattr(train, 'code_in', lambda path: paper)
+    monkeypatch.setattr(paper, 'show', lambda *args: done.append(args))
+    monkeypatch.setattr(paper, 'lines', lambda *args: None)
     assert train.main(command.split()[2:]) == 0 and done
 
 
