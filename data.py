@@ -11,8 +11,6 @@ import os
 import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache
 from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
@@ -22,24 +20,20 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, make_dataset
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-from vit import InputError, log
-
-warn = cache(log.warning)  # once, and not every epoch
+from vit import InputError
 
 
-@dataclass
-class Task:
+class Task(NamedTuple):
     """What is trained, validated and tested on. `notes` are lines for the header of the run."""
 
     train: Dataset | list
     val: Dataset | list
     test: Dataset | list
     classes: list[str]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def load(config):
@@ -51,8 +45,7 @@ def digest(task, config):
     """What tells a task's pictures from others: count and SHA-256 of the classes, and of names (within the data folder,
     which may move), sizes in bytes and labels of each set, in order."""
     found = {'class names': task.classes}
-    for part in ('train', 'val', 'test'):
-        pictures = getattr(task, part)
+    for part, pictures in zip(('train', 'val', 'test'), task):
         rows = [(*identity(picture, config.data), label) for picture, label in getattr(pictures, 'samples', pictures)]
         found |= {f'{part} {what}': [row[i] for row in rows] for i, what in enumerate(('names', 'sizes', 'labels'))}
     return {name: f'{len(x)} {hashlib.sha256(repr(x).encode()).hexdigest()[:12]}' for name, x in found.items()}
@@ -137,8 +130,7 @@ def in_memory(pictures, config, device):
     found = decoded(pictures.__getitem__, range(len(pictures)), workers_of(config))
     pixels = config.img_size ** 2 if config.augment == 'none' else 4 / 3 * resized(config) ** 2  # most are 4:3
     if len(pictures) * 3 * pixels > config.cache_gb * 1e9:
-        for _ in found:
-            pass
+        deque(found, maxlen=0)  # decoded, and not kept
         return pictures
     kept = list(found)
     if device.type == 'cuda' and sum(x.nbytes for x, _ in kept) > torch.cuda.mem_get_info(device)[0] / 2:
@@ -155,14 +147,10 @@ def workers_of(config):
 
 def decoded(work, requests, workers):
     """Yield work(request) for each request, in order, done ahead by threads: Pillow decodes without Python's lock, and
-    threads need no shared memory, of which a container has little. Where none can be started, all is done here."""
-    pool, waiting, rest = ThreadPoolExecutor(workers or 1), deque(), iter(requests)
+    threads need no shared memory, of which a container has little. workers=0: without threads."""
+    pool, rest = ThreadPoolExecutor(workers or 1), iter(requests)
     try:
-        waiting.extend(pool.submit(work, request) for request in islice(rest, 2 * workers))
-    except RuntimeError as error:
-        warn(f'{error}: images are decoded one by one, as with --set workers=0')
-        waiting, rest = deque(), iter(requests)
-    try:
+        waiting = deque(pool.submit(work, request) for request in islice(rest, 2 * workers))
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(pool.submit(work, request) for request in islice(rest, 1))
@@ -175,10 +163,10 @@ def decoded(work, requests, workers):
 
 
 def vtab(config):
-    """VTAB-1k (Zhai et al., 2019) as its lists name it in vtab-1k/DIR/; where that is missing, torchvision's data set."""
+    """VTAB-1k (Zhai et al., 2019) by its lists in vtab-1k/DIR/, or where that is missing by torchvision's data set."""
     root = Path(config.data) / 'vtab-1k' / config.dir
     if root.is_dir():
-        parts = [read_list(root / name, config.classes) for name in ('train800.txt', 'val200.txt', 'test.txt')]
+        parts = [read_list(root / name, root, config.classes) for name in ('train800.txt', 'val200.txt', 'test.txt')]
         return compared(parts, [str(c) for c in range(config.classes)], f'official lists in {root}', config)
     if config.torchvision:
         return drawn(config, root)
@@ -186,30 +174,34 @@ def vtab(config):
                      'val200.txt and test.txt there (lines: FILE CLASS), or name the data folder with --data')
 
 
-def read_list(path, classes):
-    """Samples of a list file with lines as `images/train800/000000.jpg 7`, relative to its folder. Raises InputError
-    with the file and the line if a line is none, names a file outside of the folder, or a class that there is not."""
+def read_list(path, folder, classes=10 ** 9):
+    """Samples of a list: lines as `images/train800/000000.jpg 7`, or {"FILE": CLASS, ...} in JSON, files in the folder.
+    Raises InputError, with the place in the list, for what is neither, a class that there is not, and a file that is
+    named twice or lies outside of the folder; a link in it may lead there."""
     try:
         text = path.read_text(encoding='utf-8-sig').rstrip()
-    except (OSError, UnicodeDecodeError) as error:
+        if path.suffix == '.json':
+            kind, pairs = 'entry', json.loads(text, object_pairs_hook=tuple)  # a dict would drop some
+        else:
+            kind, pairs = 'line', tuple(re.split(r'[ \t]+(?=[^ \t]*$)', line.rstrip()) for line in text.split('\n'))
+        if type(pairs) is not tuple or not pairs:
+            raise ValueError('expected a JSON object {"FILE": CLASS, ...} with an image at least')
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f'{path}: not a readable list of images ({error})') from None
-    samples = []
-    for number, line in enumerate(text.split('\n'), start=1):
-        match = re.fullmatch(r'(.*[^ \t])[ \t]+([0-9]{1,9})\s*', line)
-        if not match:
-            raise InputError(f'{path}, line {number}: expected "FILE CLASS", not {line[:80]!r}')
-        name, label = match[1], int(match[2])
+    samples = {}
+    for number, pair in enumerate(pairs, start=1):
+        where = f'{path}, {kind} {number}'
+        if len(pair) != 2 or not re.fullmatch('[0-9]{1,9}', str(pair[1])):
+            raise InputError(f'{where}: expected "FILE CLASS", where CLASS is a number from 0, not {str(pair)[:80]}')
+        name, label = pair[0], int(pair[1])
         if label >= classes:
-            raise InputError(f'{path}, line {number}: class {label} of {classes}; ids count from 0')
-        samples.append((inside(path.parent, name, f'{path}, line {number}'), label))
-    return samples
-
-
-def inside(folder, name, where):
-    """The path of a file that a list names. Raises InputError if the name leads out of the folder; a link in it may."""
-    if Path(name).is_absolute() or '..' in Path(name).parts:
-        raise InputError(f'{where}: {name!r} lies outside of {folder}')
-    return folder / name
+            raise InputError(f'{where}: class {label} of {classes}; ids count from 0')
+        if Path(name).is_absolute() or '..' in Path(name).parts:
+            raise InputError(f'{where}: {name!r} lies outside of {folder}')
+        if folder / name in samples:
+            raise InputError(f'{where}: {name!r} stands there twice')
+        samples[folder / name] = label
+    return list(samples.items())
 
 
 def compared(parts, classes, note, config):
@@ -248,9 +240,9 @@ def drawn(config, root):
     splits = [torchvision_split(config, root, arguments) for arguments in TORCHVISION[config.torchvision][2:]]
     (samples, classes), (test, _) = splits[0], splits[-1]
     if len(splits) == 1:
-        samples = shuffled(sorted(samples))  # sorted: a folder has no order of its own
-        samples, test = samples[config.n_test:], samples[:config.n_test]
-    train, val = draw(samples, config)
+        in_order = sorted(samples)  # a folder has none of its own
+        samples, test = draw(in_order, len(samples) - config.n_test, config.n_test)
+    train, val = draw(samples, config.n_train, config.n_val)
     note = (f"torchvision's {config.torchvision}: {len(train + val)} of {len(samples)} training images, drawn by us: "
             'not the official VTAB-1k split')
     return compared((train, val, test), classes, note, config)
@@ -259,19 +251,19 @@ def drawn(config, root):
 def torchvision_split(config, root, arguments):
     """Samples of one split of torchvision's data set, and its classes: names, or numbers where it does not know all."""
     name, (folder, url, *_) = config.torchvision, TORCHVISION[config.torchvision]
-    folder = Path(config.data) / folder
     try:
         pictures = getattr(torchvision.datasets, name)(config.data, download=True, **arguments)
         samples, classes = samples_of(pictures, name)
         wrong = [f'{path} of class {label}' for path, label in samples if not 0 <= label < config.classes]
         if wrong or not samples:
-            raise ValueError(f'{wrong[0] if wrong else "no image"} in {name} {list(arguments.values())}, whose classes '
-                             f'go from 0 to {config.classes - 1}')
+            what = f'{wrong[0] if wrong else "no image"} in {name} {list(arguments.values())}'
+            raise ValueError(f'{what}, whose classes go from 0 to {config.classes - 1}')
     except Exception as error:  # no network, a moved file, a full disk, a cut annotation file
         raise InputError(
-            f'{name} is not, or not whole, in {folder}, and could not be downloaded or read ({type(error).__name__}: '
-            f"{error}). Unpack {url} there, or VTAB-1k's lists and images into {root}, or name the data folder with "
-            '--data, or install the package that is missing; python train.py alone needs no download') from None
+            f'{name} is not, or not whole, in {Path(config.data) / folder}, and could not be downloaded or read '
+            f"({type(error).__name__}: {error}). Unpack {url} there, or VTAB-1k's lists and images into {root}, or "
+            'name the data folder with --data, or install the package that is missing; python train.py alone needs no '
+            'download') from None
     return samples, classes if len(classes) == config.classes else [str(i) for i in range(config.classes)]
 
 
@@ -291,17 +283,11 @@ def samples_of(pictures, name):
     return [(path, int(label) - first) for path, label in zip(paths, labels)], getattr(pictures, 'classes', [])
 
 
-def shuffled(samples):
-    """The samples in random order, always the same one."""
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
-    return [samples[i] for i in order]
-
-
-def draw(samples, config):
+def draw(samples, n_train, n_val):
     """n_train and n_val of the samples, always the same ones; of fewer samples all, in the same proportions."""
-    wanted = config.n_train + config.n_val
-    n_val = round(min(wanted, len(samples)) * config.n_val / wanted)
-    chosen = shuffled(samples)[:wanted]
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [samples[i] for i in order[:n_train + n_val]]
+    n_val = round(len(chosen) * n_val / (n_train + n_val))
     return chosen[n_val:], chosen[:n_val]
 
 
@@ -315,36 +301,20 @@ def fgvc(config):
         raise InputError(f"{root}: no such folder; put {config.task} there, and VPT's train.json, val.json and "
                          f'test.json, with images in {root / config.images}; or name the data folder with --data')
     files = [root / name for name in ('train.json', 'val.json', 'test.json')]
-    parts = [read_json(file, root / config.images) for file in files]
-    ids = {label: i for i, label in enumerate(sorted({label for _, label in parts[0]}))}
+    parts = [read_list(file, root / config.images) for file in files]
+    ids = sorted({label for _, label in parts[0]})
     if len(ids) > config.classes:
         raise InputError(f'{files[0]}: {len(ids)} classes, and not {config.classes}')
     for file, samples in zip(files, parts):
         if unknown := sorted({label for _, label in samples} - set(ids)):
             raise InputError(f'{file}: class {unknown[0]} is not in {files[0].name}')
-    parts = [[(path, ids[label]) for path, label in samples] for samples in parts]
+    parts = [[(path, ids.index(label)) for path, label in samples] for samples in parts]
     return compared(parts, [str(label) for label in ids], f"VPT's lists in {root}", config)
 
 
-def read_json(path, folder):
-    """Samples of a JSON object from file name, relative to the folder, to class id."""
-    try:
-        pairs = json.loads(path.read_text(encoding='utf-8-sig'), object_pairs_hook=tuple)  # a dict would drop some
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f'{path}: not a readable JSON list of images ({error})') from None
-    if type(pairs) is not tuple or not pairs:
-        raise InputError(f'{path}: expected a JSON object {{"FILE": CLASS, ...}} with an image at least')
-    samples = {}
-    for name, label in pairs:
-        if type(label) not in (int, str) or not re.fullmatch('[0-9]{1,9}', str(label)):
-            raise InputError(f'{path}: the class of {name!r} is a number from 0, not {str(label)[:80]!r}')
-        if (file := inside(folder, name, path)) in samples:
-            raise InputError(f'{path}: {name!r} stands there twice')
-        samples[file] = int(label)
-    return list(samples.items())
-
-
 # ---- A folder of your own -------------------------------------------------------------------------------
+
+HIDDEN = re.compile(r'(^|[/\\])(\.|__)')  # in a path, what starts with . or __: .ipynb_checkpoints, __MACOSX, ._a.jpg
 
 
 def folders(config):
@@ -352,21 +322,17 @@ def folders(config):
     train takes its place, always the same one."""
     root, notes = Path(config.data), [f'images in {config.data}']
     train, classes = read_folder(root / 'train', notes)
-    test, val = read_folder(root / 'test', notes, classes)[0], None
+    test, _ = read_folder(root / 'test', notes, classes)
     if config.classes not in (0, len(classes)):
         raise InputError(f'{root / "train"}: {len(classes)} classes, and not {config.classes}')
     if (root / 'val').is_dir():
-        val = read_folder(root / 'val', notes, classes)[0]
+        val, _ = read_folder(root / 'val', notes, classes)
     else:
-        train = shuffled(train)
-        val, train = train[:len(train) // 5], train[len(train) // 5:]
+        train, val = draw(train, len(train) - len(train) // 5, len(train) // 5)
         notes[0] += f'; there is no val/: {len(val)} of the training images, drawn by us, are for validation'
     if missing := sorted(set(range(len(classes))) - {label for _, label in test}):
         notes.append(f'{len(missing)} of {len(classes)} classes have no test image, as {classes[missing[0]]}')
     return Task(*(Files(samples, resized(config)) for samples in (train, val, test)), classes, notes)
-
-
-HIDDEN = re.compile(r'(^|[/\\])(\.|__)')  # in a path, what starts with . or __: .ipynb_checkpoints, __MACOSX, ._a.jpg
 
 
 def read_folder(path, notes, classes=None):
@@ -414,17 +380,11 @@ class Scene(NamedTuple):
     there: np.ndarray  # whether it is in the picture
 
 
-def in_cell(scene, cell):
-    """The number of the colour in one cell of each picture, cell [n] -> [n]; n_shapes where there is none."""
-    here = scene.cell == cell[:, None]
-    return np.where(here.any(axis=1), here.argmax(axis=1), here.shape[1])
-
-
 QUESTIONS = {  # the answer's number in pictures i [n] of a scene s, for the colour (or cell) c [n]
     'where': lambda s, i, c: s.cell[i, c],
     'size': lambda s, i, c: (s.radius[i, c] > 5).astype(int),
     'shape': lambda s, i, c: s.shape[i, c],
-    'colour': lambda s, i, c: in_cell(s, c),
+    'colour': lambda s, i, c: np.column_stack([s.cell == c[:, None], i >= 0]).argmax(axis=1),  # last: nothing
     'side': lambda s, i, c: 1 + np.sign(s.cell[i, c] % 3 - s.cell[i, 0] % 3),  # of the first colour's shape
     'count': lambda s, i, c: s.there.sum(axis=1) - 1}
 ASKED = tuple(QUESTIONS)[:4]  # by a frame, in pre-training
@@ -445,10 +405,9 @@ def shapes(config):
     known = ['frame', 'colour', 'count', *map('_'.join, pairs)]
     if config.ask not in known:
         raise InputError(f'ask={config.ask}: with the colours {", ".join(config.colours)} one of {", ".join(known)}')
-    sets = []
+    what, sets = (config.ask, config.colours, config.look, config.grain, config.img_size), []
     for seed, n in enumerate((config.n_train, config.n_val, config.n_test)):
-        images, labels = draw_shapes(n, config.ask, config.colours, config.look, config.grain, config.img_size,
-                                     (seed, config.ask == 'frame'))
+        images, labels = draw_shapes(n, *what, (seed, question == 'frame'))
         sets.append(list(zip(torch.from_numpy(images), labels.tolist())))
     return Task(*sets, names_of(question, config.colours), [f'pictures of shapes, drawn; the question: {config.ask}'])
 
@@ -462,11 +421,9 @@ def draw_shapes(n, ask, colours=tuple(COLOURS)[:4], look='plain', grain=8, size=
     if question == 'frame':
         q, c = rng.integers(len(ASKED), size=n), rng.integers(len(colours), size=n)
         cell = np.where(rng.random(n) < 0.6, scene.cell[i, c], rng.integers(9, size=n))  # often one that is not empty
-        labels, first = np.zeros(n, dtype=int), 0
-        for k, name in enumerate(ASKED):
-            answers = first + QUESTIONS[name](scene, i, cell if name == 'colour' else c)
-            labels = np.where(q == k, answers, labels)
-            first += len(names_of(name, colours))
+        answers = [QUESTIONS[name](scene, i, cell if name == 'colour' else c) for name in ASKED]
+        first = np.cumsum([0, *(len(names_of(name, colours)) for name in ASKED)])  # label of each question
+        labels = first[q] + np.stack(answers)[q, i]
     else:
         c = np.full(n, list(colours).index(colour) if colour else CELLS.index('middle centre'))
         labels = QUESTIONS[question](scene, i, c)
@@ -474,7 +431,7 @@ def draw_shapes(n, ask, colours=tuple(COLOURS)[:4], look='plain', grain=8, size=
     background = rng.uniform(60, 200, (n, 1, 1, 1)).astype(np.float32)
     images = np.empty((n, 3, size, size), dtype=np.uint8)
     for part in np.array_split(i, max(1, n * size ** 2 // 2 ** 20)):
-        canvas = np.broadcast_to(background[part], (len(part), 3, size, size))
+        canvas = background[part]
         if look == 'waves':
             canvas = canvas + waves(len(part), size, rng)
         shown = Scene(*(x[part] for x in scene))
@@ -523,12 +480,11 @@ def framed(canvas, q, colour, cell):
     size = canvas.shape[-1]
     place = (np.arange(size) * 48 // size - 3) // 14  # of a cell in its row or column
     edge = np.arange(size) < size * 3 // 48
-    top, left = edge[:, None], edge
-    bottom, right = top[::-1], left[::-1]
-    around = top | left | bottom | right
-    sides = np.stack([around, top | left, bottom | right, around])[q][:, None]  # [n, 1, size, size]
+    start = edge[:, None] | edge  # the top and the left
+    end = start[::-1, ::-1]
+    sides = np.stack([start | end, start, end, start | end])[q][:, None]  # [n, 1, size, size]
     row, column = (cell // 3)[:, None, None], (cell % 3)[:, None, None]
-    black = (place[:, None] == row) & (left | right) | (place == column) & (top | bottom)
+    black = (place[:, None] == row) | (place == column)
     marks = np.where(black, 0, 255)[:, None]
     painted = np.where((q == 3)[:, None, None, None], marks, colour[:, :, None, None])
     return np.where(sides, painted, canvas).astype(np.float32)
@@ -566,12 +522,11 @@ def batches(pictures, config, device, epoch=None, part=slice(None)):
 def augment(images, size, draws):
     """A window of each image [3, H, W], half of them flipped, by draws from 0 to 1 [B, 3]: uint8 [B, 3, size, size]."""
     windows = []
-    for image, (top, left, _) in zip(images, draws.tolist()):
+    for image, (top, left, flip) in zip(images, draws.tolist()):
         i, j = int(top * (image.shape[1] - size + 1)), int(left * (image.shape[2] - size + 1))
-        windows.append(image[:, i:i + size, j:j + size])
-    windows = torch.stack(windows)
-    flipped = send(draws[:, 2].lt(0.5), windows.device)
-    return torch.where(flipped[:, None, None, None], windows.flip(-1), windows)
+        window = image[:, i:i + size, j:j + size]
+        windows.append(window.flip(-1) if flip < 0.5 else window)
+    return torch.stack(windows)
 
 
 def send(x, device):
