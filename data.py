@@ -1,8 +1,7 @@
 """Tasks: which pictures are trained on, which are tested on, and how they become batches.
 
-A picture is a pair (uint8 tensor [3, H, W], class id). A set of pictures is anything with a length and an index: a
-list where they are in memory, `Files` where they are decoded when asked for, by their samples: pairs (where the picture
-lies, class id).
+A picture is a pair (uint8 tensor [3, H, W], class id). A set of pictures has a length and an index: a list of those in
+memory, or `Files`, which decodes them when asked for. A sample is a pair (where a picture lies, class id).
 """
 
 import hashlib
@@ -20,7 +19,7 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, make_dataset
+from torchvision.datasets.folder import ImageFolder, is_image_file, make_dataset
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from vit import InputError
@@ -74,9 +73,8 @@ class Place(NamedTuple):
 
 
 class Files(Dataset):
-    """Pictures that are decoded when asked for. samples: pairs (path or Place, class id). size: as of `read_image`.
-
-    Raises InputError with the file's name if one is missing or does not decode."""
+    """Pictures that are decoded when asked for, by samples of paths or Places; size: as of `read_image`. Raises
+    InputError with the file's name if one is missing or does not decode."""
 
     def __init__(self, samples, size):
         self.samples, self.size = samples, size
@@ -122,9 +120,8 @@ def resized(config):
 
 
 def in_memory(pictures, config, device):
-    """Decode all pictures once, before training: a broken one, which raises InputError with its name, does not end a
-    run after hours. If they fit into `cache_gb` they are kept as uint8, on a GPU if they fit into half of what is free
-    there. Others stay in their files."""
+    """Decode all pictures once, so that a broken one ends no run after hours: it raises InputError. If they fit into
+    `cache_gb` they are kept, on a GPU if they fit into half of what is free there; others stay in their files."""
     if isinstance(pictures, list):
         return pictures
     found = decoded(pictures.__getitem__, range(len(pictures)), workers_of(config))
@@ -159,7 +156,7 @@ def decoded(work, requests, workers):
         pool.shutdown(cancel_futures=True)
 
 
-# ---- VTAB-1k: 19 tasks ----------------------------------------------------------------------------------
+# ---- Lists: VTAB-1k, 19 tasks, and FGVC, 5 tasks --------------------------------------------------------
 
 
 def vtab(config):
@@ -172,6 +169,24 @@ def vtab(config):
         return drawn(config, root)
     raise InputError(f'{root}: no such folder, and {config.task} cannot be downloaded; put images/, train800.txt, '
                      'val200.txt and test.txt there (lines: FILE CLASS), or name the data folder with --data')
+
+
+def fgvc(config):
+    """Fine-grained classification with VPT's lists in fgvc/DIR/. Classes are those of train.json, in order."""
+    root = Path(config.data) / 'fgvc' / config.dir
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; put {config.task} there, and VPT's train.json, val.json and "
+                         f'test.json, with images in {root / config.images}; or name the data folder with --data')
+    files = [root / name for name in ('train.json', 'val.json', 'test.json')]
+    parts = [read_list(file, root / config.images) for file in files]
+    ids = sorted({label for _, label in parts[0]})
+    if len(ids) > config.classes:
+        raise InputError(f'{files[0]}: {len(ids)} classes, and not {config.classes}')
+    for file, samples in zip(files, parts):
+        if unknown := sorted({label for _, label in samples} - set(ids)):
+            raise InputError(f'{file}: class {unknown[0]} is not in {files[0].name}')
+    parts = [[(path, ids.index(label)) for path, label in samples] for samples in parts]
+    return compared(parts, [str(label) for label in ids], f"VPT's lists in {root}", config)
 
 
 def read_list(path, folder, classes=10 ** 9):
@@ -237,50 +252,47 @@ TORCHVISION = {
 def drawn(config, root):
     """VTAB-1k's protocol on torchvision's data set, downloaded when missing: n_train and n_val images of its
     training split, its whole test split. Where it has no splits, n_test images are held out first."""
-    splits = [torchvision_split(config, root, arguments) for arguments in TORCHVISION[config.torchvision][2:]]
-    (samples, classes), (test, _) = splits[0], splits[-1]
-    if len(splits) == 1:
-        in_order = sorted(samples)  # a folder has none of its own
-        samples, test = draw(in_order, len(samples) - config.n_test, config.n_test)
-    train, val = draw(samples, config.n_train, config.n_val)
-    note = (f"torchvision's {config.torchvision}: {len(train + val)} of {len(samples)} training images, drawn by us: "
-            'not the official VTAB-1k split')
-    return compared((train, val, test), classes, note, config)
-
-
-def torchvision_split(config, root, arguments):
-    """Samples of one split of torchvision's data set, and its classes: names, or numbers where it does not know all."""
-    name, (folder, url, *_) = config.torchvision, TORCHVISION[config.torchvision]
+    name, (folder, url, *splits) = config.torchvision, TORCHVISION[config.torchvision]
     try:
-        pictures = getattr(torchvision.datasets, name)(config.data, download=True, **arguments)
-        samples, classes = samples_of(pictures, name)
-        wrong = [f'{path} of class {label}' for path, label in samples if not 0 <= label < config.classes]
-        if wrong or not samples:
-            what = f'{wrong[0] if wrong else "no image"} in {name} {list(arguments.values())}'
-            raise ValueError(f'{what}, whose classes go from 0 to {config.classes - 1}')
+        found = [torchvision_split(config, arguments) for arguments in splits]
     except Exception as error:  # no network, a moved file, a full disk, a cut annotation file
         raise InputError(
             f'{name} is not, or not whole, in {Path(config.data) / folder}, and could not be downloaded or read '
             f"({type(error).__name__}: {error}). Unpack {url} there, or VTAB-1k's lists and images into {root}, or "
             'name the data folder with --data, or install the package that is missing; python train.py alone needs no '
             'download') from None
-    return samples, classes if len(classes) == config.classes else [str(i) for i in range(config.classes)]
+    (samples, classes), (test, _) = found[0], found[-1]
+    if len(splits) == 1:
+        in_order = sorted(samples)  # a folder has none of its own
+        samples, test = draw(in_order, len(samples) - config.n_test, config.n_test)
+    train, val = draw(samples, config.n_train, config.n_val)
+    note = (f"torchvision's {name}: {len(train + val)} of {len(samples)} training images, drawn by us: "
+            'not the official VTAB-1k split')
+    return compared((train, val, test), classes, note, config)
 
 
-def samples_of(pictures, name):
-    """Samples of a torchvision data set and the names of its classes, if it has them."""
+def torchvision_split(config, arguments):
+    """Samples of one split of torchvision's data set, and its classes: names, or numbers where it does not know all."""
+    name = config.torchvision
+    pictures = getattr(torchvision.datasets, name)(config.data, download=True, **arguments)
     if name == 'Caltech101':  # torchvision leaves out the background, which VTAB-1k counts as a class
         pictures = ImageFolder(Path(pictures.root) / '101_ObjectCategories')
-    if isinstance(pictures, ImageFolder):  # EuroSAT too
-        return pictures.samples, pictures.classes
     found = vars(pictures)
     paths = found.get('_images', found.get('_image_files', [Place(pictures, i) for i in range(len(pictures))]))
     labels = found.get('_labels', found.get('labels', found.get('targets')))
+    if isinstance(pictures, ImageFolder):  # EuroSAT too
+        paths = [path for path, _ in pictures.samples]
     if name == 'PCAM':
         with pictures.h5py.File(pictures._base_folder / pictures._FILES[pictures._split]['targets'][0]) as file:
             labels = file['y'][:].ravel()
     first = 3 if name == 'CLEVRClassification' else 0  # CLEVR counts 3 to 10 objects
-    return [(path, int(label) - first) for path, label in zip(paths, labels)], getattr(pictures, 'classes', [])
+    samples = [(path, int(label) - first) for path, label in zip(paths, labels)]
+    wrong = [f'{path} of class {label}' for path, label in samples if not 0 <= label < config.classes]
+    if wrong or not samples:
+        what = f'{wrong[0] if wrong else "no image"} in {name} {list(arguments.values())}'
+        raise ValueError(f'{what}, whose classes go from 0 to {config.classes - 1}')
+    names = found.get('classes', [])
+    return samples, names if len(names) == config.classes else [str(i) for i in range(config.classes)]
 
 
 def draw(samples, n_train, n_val):
@@ -289,27 +301,6 @@ def draw(samples, n_train, n_val):
     chosen = [samples[i] for i in order[:n_train + n_val]]
     n_val = round(len(chosen) * n_val / (n_train + n_val))
     return chosen[n_val:], chosen[:n_val]
-
-
-# ---- FGVC: 5 tasks --------------------------------------------------------------------------------------
-
-
-def fgvc(config):
-    """Fine-grained classification with VPT's lists in fgvc/DIR/. Classes are those of train.json, in order."""
-    root = Path(config.data) / 'fgvc' / config.dir
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; put {config.task} there, and VPT's train.json, val.json and "
-                         f'test.json, with images in {root / config.images}; or name the data folder with --data')
-    files = [root / name for name in ('train.json', 'val.json', 'test.json')]
-    parts = [read_list(file, root / config.images) for file in files]
-    ids = sorted({label for _, label in parts[0]})
-    if len(ids) > config.classes:
-        raise InputError(f'{files[0]}: {len(ids)} classes, and not {config.classes}')
-    for file, samples in zip(files, parts):
-        if unknown := sorted({label for _, label in samples} - set(ids)):
-            raise InputError(f'{file}: class {unknown[0]} is not in {files[0].name}')
-    parts = [[(path, ids.index(label)) for path, label in samples] for samples in parts]
-    return compared(parts, [str(label) for label in ids], f"VPT's lists in {root}", config)
 
 
 # ---- A folder of your own -------------------------------------------------------------------------------
@@ -344,12 +335,12 @@ def read_folder(path, notes, classes=None):
                              is_valid_file=lambda file: not HIDDEN.search(os.path.relpath(file, path)))
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f'{path}: no folder of images by class ({error}); it should hold CLASS/*.jpg') from None
-    samples = [(file, label) for file, label in found if file.lower().endswith(IMG_EXTENSIONS)]
+    samples = [(file, label) for file, label in found if is_image_file(file)]
     if empty := sorted(set(range(len(names))) - {label for _, label in samples}):
         raise InputError(f'{path / names[empty[0]]}: no image for torchvision; it should hold *.jpg or the like')
     if len({os.path.realpath(file) for file, _ in samples}) < len(samples):
         raise InputError(f'{path}: a file is there twice by way of a link; is there a link that leads back?')
-    if others := [file for file, _ in found if not file.lower().endswith(IMG_EXTENSIONS)]:
+    if others := [file for file, _ in found if not is_image_file(file)]:
         notes.append(f'{len(others)} files in {path} are left out, no images for torchvision: {others[0]}')
     classes = names if classes is None else classes
     if unknown := sorted(set(names) - set(classes)):
@@ -358,7 +349,6 @@ def read_folder(path, notes, classes=None):
 
 
 # ---- Pictures of shapes: a world that needs no download -------------------------------------------------
-#
 # Shapes of different colours, one of each, lie in different cells of a 3 x 3 grid. For pre-training a frame
 # asks a question of one of four kinds. Downstream pictures have no frame: the question has to be learned.
 
@@ -384,7 +374,7 @@ QUESTIONS = {  # the answer's number in pictures i [n] of a scene s, for the col
     'where': lambda s, i, c: s.cell[i, c],
     'size': lambda s, i, c: (s.radius[i, c] > 5).astype(int),
     'shape': lambda s, i, c: s.shape[i, c],
-    'colour': lambda s, i, c: np.column_stack([s.cell == c[:, None], i >= 0]).argmax(axis=1),  # last: nothing
+    'colour': lambda s, i, c: np.column_stack([s.cell == c[:, None], np.ones_like(i)]).argmax(axis=1),  # or nothing
     'side': lambda s, i, c: 1 + np.sign(s.cell[i, c] % 3 - s.cell[i, 0] % 3),  # of the first colour's shape
     'count': lambda s, i, c: s.there.sum(axis=1) - 1}
 ASKED = tuple(QUESTIONS)[:4]  # by a frame, in pre-training
@@ -405,10 +395,10 @@ def shapes(config):
     known = ['frame', 'colour', 'count', *map('_'.join, pairs)]
     if config.ask not in known:
         raise InputError(f'ask={config.ask}: with the colours {", ".join(config.colours)} one of {", ".join(known)}')
-    what, sets = (config.ask, config.colours, config.look, config.grain, config.img_size), []
-    for seed, n in enumerate((config.n_train, config.n_val, config.n_test)):
-        images, labels = draw_shapes(n, *what, (seed, question == 'frame'))
-        sets.append(list(zip(torch.from_numpy(images), labels.tolist())))
+    how = config.ask, config.colours, config.look, config.grain, config.img_size
+    sets = [draw_shapes(n, *how, seed=(seed, question == 'frame'))
+            for seed, n in enumerate((config.n_train, config.n_val, config.n_test))]
+    sets = [list(zip(torch.from_numpy(images), labels.tolist())) for images, labels in sets]
     return Task(*sets, names_of(question, config.colours), [f'pictures of shapes, drawn; the question: {config.ask}'])
 
 
@@ -496,11 +486,10 @@ SOURCES = {'vtab': vtab, 'fgvc': fgvc, 'folder': folders, 'shapes': shapes}
 
 
 def batches(pictures, config, device, epoch=None, part=slice(None)):
-    """Yield (images float [B, 3, H, W], normalised, labels [B]) on the device.
-
-    With an epoch: shuffled and augmented for training, by random numbers that depend on the seed and the epoch alone
-    (two seeds below 4,294 never share any: torch takes 32 bits). Without: in order, the middle of each picture.
-    part: which of each batch, where processes share them; one that has none of a batch gets its first picture."""
+    """Yield (images float [B, 3, H, W], normalised, labels [B]) on the device. With an epoch: shuffled and augmented by
+    random numbers of seed and epoch alone (two seeds below 4,294 never share any: torch takes 32 bits). Without: in
+    order, the middle of each picture. part: which of each batch, where processes share them; one that has none of a
+    batch gets its first picture."""
     generator = torch.Generator().manual_seed(1_000_003 * config.seed + (epoch or 0))
     order = range(len(pictures)) if epoch is None else torch.randperm(len(pictures), generator=generator).tolist()
     draws = torch.rand(len(order), 3, generator=generator)

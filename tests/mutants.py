@@ -458,7 +458,7 @@ MUTANTS = [
     ('shapes: a cross is a disc', 'data.py', '0.38 * radius', 'radius + 0', DATA),
     ('shapes: side of itself may be asked', 'data.py', "product(['side'], config.colours[1:])", "product(['side'], config.colours)", DATA),
     ('shapes: waves are flat', 'data.py', '(45 * down', '(0 * down', DATA),
-    ('shapes: a cell is never empty', 'data.py', 'i >= 0]).argmax', 'i < 0]).argmax', DATA),
+    ('shapes: a cell is never empty', 'data.py', 'np.ones_like(i)', 'np.zeros_like(i)', DATA),
     ('shapes: no shape is missing', 'data.py', 'size=(n, 1)) if some_missing', 'size=(n, 1)) if not n', DATA),
     ('shapes: answers of two questions are one class', 'data.py', 'first[q] + np', 'np', DATA),
     ('shapes: the frame asks for the size as for the shape', 'data.py', '[start | end, start, end', '[start | end, end, end', DATA),
