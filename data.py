@@ -163,8 +163,9 @@ def vtab(config):
     """VTAB-1k (Zhai et al., 2019) by its lists in vtab-1k/DIR/, or where that is missing by torchvision's data set."""
     root = Path(config.data) / 'vtab-1k' / config.dir
     if root.is_dir():
-        parts = [read_list(root / name, root, config.classes) for name in ('train800.txt', 'val200.txt', 'test.txt')]
-        return compared(parts, [str(c) for c in range(config.classes)], f'official lists in {root}', config)
+        ids, unknown = range(config.classes), f'of {config.classes}; ids count from 0'
+        parts = [read_list(root / name, root, ids, unknown) for name in ('train800.txt', 'val200.txt', 'test.txt')]
+        return compared(parts, [str(c) for c in ids], f'official lists in {root}', config)
     if config.torchvision:
         return drawn(config, root)
     raise InputError(f'{root}: no such folder, and {config.task} cannot be downloaded; put images/, train800.txt, '
@@ -177,22 +178,19 @@ def fgvc(config):
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; put {config.task} there, and VPT's train.json, val.json and "
                          f'test.json, with images in {root / config.images}; or name the data folder with --data')
-    files = [root / name for name in ('train.json', 'val.json', 'test.json')]
-    parts = [read_list(file, root / config.images) for file in files]
-    ids = sorted({label for _, label in parts[0]})
+    train, images = root / 'train.json', root / config.images
+    ids = sorted({label for _, label in read_list(train, images)})
     if len(ids) > config.classes:
-        raise InputError(f'{files[0]}: {len(ids)} classes, and not {config.classes}')
-    for file, samples in zip(files, parts):
-        if unknown := sorted({label for _, label in samples} - set(ids)):
-            raise InputError(f'{file}: class {unknown[0]} is not in {files[0].name}')
-    parts = [[(path, ids.index(label)) for path, label in samples] for samples in parts]
+        raise InputError(f'{train}: {len(ids)} classes, and not {config.classes}')
+    files = train, root / 'val.json', root / 'test.json'
+    parts = [read_list(file, images, ids, 'is not in train.json') for file in files]
     return compared(parts, [str(label) for label in ids], f"VPT's lists in {root}", config)
 
 
-def read_list(path, folder, classes=10 ** 9):
-    """Samples of a list: lines as `images/train800/000000.jpg 7`, or {"FILE": CLASS, ...} in JSON, files in the folder.
-    Raises InputError, with the place in the list, for what is neither, a class that there is not, and a file that is
-    named twice or lies outside of the folder; a link in it may lead there."""
+def read_list(path, folder, ids=range(10 ** 9), unknown=''):
+    """Samples of a list: lines as `images/train800/000000.jpg 7`, or {"FILE": CLASS, ...} in JSON, files in the folder,
+    classes by their places in `ids`. Raises InputError, with the place in the list, for what is neither, a class that
+    is `unknown`, and a file that is named twice or lies outside of the folder; a link in it may lead there."""
     try:
         text = path.read_text(encoding='utf-8-sig').rstrip()
         if path.suffix == '.json':
@@ -209,13 +207,13 @@ def read_list(path, folder, classes=10 ** 9):
         if len(pair) != 2 or not re.fullmatch('[0-9]{1,9}', str(pair[1])):
             raise InputError(f'{where}: expected "FILE CLASS", where CLASS is a number from 0, not {str(pair)[:80]}')
         name, label = pair[0], int(pair[1])
-        if label >= classes:
-            raise InputError(f'{where}: class {label} of {classes}; ids count from 0')
+        if label not in ids:
+            raise InputError(f'{where}: class {label} {unknown}')
         if Path(name).is_absolute() or '..' in Path(name).parts:
             raise InputError(f'{where}: {name!r} lies outside of {folder}')
         if folder / name in samples:
             raise InputError(f'{where}: {name!r} stands there twice')
-        samples[folder / name] = label
+        samples[folder / name] = ids.index(label)
     return list(samples.items())
 
 
@@ -263,8 +261,8 @@ def drawn(config, root):
             'download') from None
     (samples, classes), (test, _) = found[0], found[-1]
     if len(splits) == 1:
-        in_order = sorted(samples)  # a folder has none of its own
-        samples, test = draw(in_order, len(samples) - config.n_test, config.n_test)
+        samples = sorted(samples)  # a folder has no order of its own
+        samples, test = draw(samples, len(samples) - config.n_test, config.n_test)
     train, val = draw(samples, config.n_train, config.n_val)
     note = (f"torchvision's {name}: {len(train + val)} of {len(samples)} training images, drawn by us: "
             'not the official VTAB-1k split')

@@ -330,7 +330,7 @@ def test_missing_lists_say_which_folder_should_hold_what(tmp_path):
 
 def test_a_class_that_is_not_trained_on_is_refused(tmp_path):
     folder = lists(tmp_path, 'cub', train=[3, 5], val=[3], test=[5, 20])
-    assert f'{folder / "test.json"}: class 20 is not in train.json' in refusal('cub', tmp_path)
+    assert f'{folder / "test.json"}, entry 2: class 20 is not in train.json' in refusal('cub', tmp_path)
 
 
 def test_more_classes_than_there_are_in_the_paper_are_refused(tmp_path):
@@ -380,7 +380,7 @@ def read(reader, content, name):
 
 
 def read_list(content):
-    return read(lambda path: data.read_list(path, path.parent, 37), content, 'list.txt')
+    return read(lambda path: data.read_list(path, path.parent, range(37)), content, 'list.txt')
 
 
 def read_json(content):
