@@ -1,8 +1,8 @@
 """Tasks: which pictures are trained on, which are tested on, and how they become batches.
 
 A picture is a pair (uint8 tensor [3, H, W], class id); or, where each pixel has a class, (image, mask [H, W]). A set of
-pictures is anything with a length and an index: a list where they are in memory, `Files` where they are decoded when
-asked for, by their samples: pairs (where the picture lies, class id or where its mask lies).
+pictures has a length and an index: a list of those in memory, or `Files`, which decodes them when asked for. A sample is
+a pair (where a picture lies, class id or where its mask lies).
 """
 
 import hashlib
@@ -11,8 +11,6 @@ import os
 import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache
 from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
@@ -23,25 +21,21 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import ImageFolder, is_image_file, make_dataset
 from torchvision.transforms.functional import (InterpolationMode, adjust_hue, adjust_saturation, center_crop,
                                                pil_to_tensor, resize)
 
-from vit import IGNORED, InputError, log
-
-warn = cache(log.warning)  # once, and not every epoch
+from vit import IGNORED, InputError
 
 
-@dataclass
-class Task:
+class Task(NamedTuple):
     """What is trained, validated and tested on. `notes` are lines for the header of the run."""
 
     train: Dataset | list
     val: Dataset | list
     test: Dataset | list
     classes: list[str]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def load(config):
@@ -56,8 +50,7 @@ def digest(task, config):
     """What tells a task's pictures from others: count and SHA-256 of the classes, and of names (within the data folder,
     which may move), sizes in bytes and labels of each set, in order."""
     found = {'class names': task.classes}
-    for part in ('train', 'val', 'test'):
-        pictures = getattr(task, part)
+    for part, pictures in zip(('train', 'val', 'test'), task):
         rows = [(*identity(picture, config.data), label if isinstance(label, int) else identity(label, config.data))
                 for picture, label in getattr(pictures, 'samples', pictures)]
         found |= {f'{part} {what}': [row[i] for row in rows] for i, what in enumerate(('names', 'sizes', 'labels'))}
@@ -87,9 +80,8 @@ class Place(NamedTuple):
 
 
 class Files(Dataset):
-    """Pictures that are decoded when asked for. samples: pairs (path or Place, class id). size: as of `read_image`.
-
-    Raises InputError with the file's name if one is missing or does not decode."""
+    """Pictures that are decoded when asked for, by samples of paths or Places; size: as of `read_image`. Raises
+    InputError with the file's name if one is missing or does not decode."""
 
     def __init__(self, samples, size):
         self.samples, self.size = samples, size
@@ -138,16 +130,14 @@ def resized(config):
 
 
 def in_memory(pictures, config, device):
-    """Decode all pictures once, before training: a broken one, which raises InputError with its name, does not end a
-    run after hours. If they fit into `cache_gb` they are kept as uint8, on a GPU if they fit into half of what is free
-    there. Others stay in their files."""
+    """Decode all pictures once, so that a broken one ends no run after hours: it raises InputError. If they fit into
+    `cache_gb` they are kept, on a GPU if they fit into half of what is free there; others stay in their files."""
     if isinstance(pictures, list):
         return pictures
     found = decoded(pictures.__getitem__, range(len(pictures)), workers_of(config))
     pixels = config.img_size ** 2 if config.augment == 'none' else 4 / 3 * (resized(config) or 2 * config.img_size) ** 2
     if len(pictures) * 3 * pixels > config.cache_gb * 1e9:
-        for _ in found:
-            pass
+        deque(found, maxlen=0)  # decoded, and not kept
         return pictures
     kept = list(found)
     if device.type == 'cuda' and sum(x.nbytes for x, _ in kept) > torch.cuda.mem_get_info(device)[0] / 2:
@@ -164,14 +154,10 @@ def workers_of(config):
 
 def decoded(work, requests, workers):
     """Yield work(request) for each request, in order, done ahead by threads: Pillow decodes without Python's lock, and
-    threads need no shared memory, of which a container has little. Where none can be started, all is done here."""
-    pool, waiting, rest = ThreadPoolExecutor(workers or 1), deque(), iter(requests)
+    threads need no shared memory, of which a container has little. workers=0: without threads."""
+    pool, rest = ThreadPoolExecutor(workers or 1), iter(requests)
     try:
-        waiting.extend(pool.submit(work, request) for request in islice(rest, 2 * workers))
-    except RuntimeError as error:
-        warn(f'{error}: images are decoded one by one, as with --set workers=0')
-        waiting, rest = deque(), iter(requests)
-    try:
+        waiting = deque(pool.submit(work, request) for request in islice(rest, 2 * workers))
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(pool.submit(work, request) for request in islice(rest, 1))
@@ -180,45 +166,65 @@ def decoded(work, requests, workers):
         pool.shutdown(cancel_futures=True)
 
 
-# ---- VTAB-1k: 19 tasks ----------------------------------------------------------------------------------
+# ---- Lists: VTAB-1k, 19 tasks, and FGVC, 5 tasks --------------------------------------------------------
 
 
 def vtab(config):
-    """VTAB-1k (Zhai et al., 2019) as its lists name it in vtab-1k/DIR/; where that is missing, torchvision's data set."""
+    """VTAB-1k (Zhai et al., 2019) by its lists in vtab-1k/DIR/, or where that is missing by torchvision's data set."""
     root = Path(config.data) / 'vtab-1k' / config.dir
     if root.is_dir():
-        parts = [read_list(root / name, config.classes) for name in ('train800.txt', 'val200.txt', 'test.txt')]
-        return compared(parts, [str(c) for c in range(config.classes)], f'official lists in {root}', config)
+        ids, unknown = range(config.classes), f'of {config.classes}; ids count from 0'
+        parts = [read_list(root / name, root, ids, unknown) for name in ('train800.txt', 'val200.txt', 'test.txt')]
+        return compared(parts, [str(c) for c in ids], f'official lists in {root}', config)
     if config.torchvision:
         return drawn(config, root)
     raise InputError(f'{root}: no such folder, and {config.task} cannot be downloaded; put images/, train800.txt, '
                      'val200.txt and test.txt there (lines: FILE CLASS), or name the data folder with --data')
 
 
-def read_list(path, classes):
-    """Samples of a list file with lines as `images/train800/000000.jpg 7`, relative to its folder. Raises InputError
-    with the file and the line if a line is none, names a file outside of the folder, or a class that there is not."""
+def fgvc(config):
+    """Fine-grained classification with VPT's lists in fgvc/DIR/. Classes are those of train.json, in order."""
+    root = Path(config.data) / 'fgvc' / config.dir
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; put {config.task} there, and VPT's train.json, val.json and "
+                         f'test.json, with images in {root / config.images}; or name the data folder with --data')
+    train, images = root / 'train.json', root / config.images
+    ids = sorted({label for _, label in read_list(train, images)})
+    if len(ids) > config.classes:
+        raise InputError(f'{train}: {len(ids)} classes, and not {config.classes}')
+    files = train, root / 'val.json', root / 'test.json'
+    parts = [read_list(file, images, ids, 'is not in train.json') for file in files]
+    return compared(parts, [str(label) for label in ids], f"VPT's lists in {root}", config)
+
+
+def read_list(path, folder, ids=range(10 ** 9), unknown=''):
+    """Samples of a list: lines as `images/train800/000000.jpg 7`, or {"FILE": CLASS, ...} in JSON, files in the folder,
+    classes by their places in `ids`. Raises InputError, with the place in the list, for what is neither, a class that
+    is `unknown`, and a file that is named twice or lies outside of the folder; a link in it may lead there."""
     try:
         text = path.read_text(encoding='utf-8-sig').rstrip()
-    except (OSError, UnicodeDecodeError) as error:
+        if path.suffix == '.json':
+            kind, pairs = 'entry', json.loads(text, object_pairs_hook=tuple)  # a dict would drop some
+        else:
+            kind, pairs = 'line', tuple(re.split(r'[ \t]+(?=[^ \t]*$)', line.rstrip()) for line in text.split('\n'))
+        if type(pairs) is not tuple or not pairs:
+            raise ValueError('expected a JSON object {"FILE": CLASS, ...} with an image at least')
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f'{path}: not a readable list of images ({error})') from None
-    samples = []
-    for number, line in enumerate(text.split('\n'), start=1):
-        match = re.fullmatch(r'(.*[^ \t])[ \t]+([0-9]{1,9})\s*', line)
-        if not match:
-            raise InputError(f'{path}, line {number}: expected "FILE CLASS", not {line[:80]!r}')
-        name, label = match[1], int(match[2])
-        if label >= classes:
-            raise InputError(f'{path}, line {number}: class {label} of {classes}; ids count from 0')
-        samples.append((inside(path.parent, name, f'{path}, line {number}'), label))
-    return samples
-
-
-def inside(folder, name, where):
-    """The path of a file that a list names. Raises InputError if the name leads out of the folder; a link in it may."""
-    if Path(name).is_absolute() or '..' in Path(name).parts:
-        raise InputError(f'{where}: {name!r} lies outside of {folder}')
-    return folder / name
+    samples = {}
+    for number, pair in enumerate(pairs, start=1):
+        where = f'{path}, {kind} {number}'
+        if len(pair) != 2 or not re.fullmatch('[0-9]{1,9}', str(pair[1])):
+            raise InputError(f'{where}: expected "FILE CLASS", where CLASS is a number from 0, not {str(pair)[:80]}')
+        name, label = pair[0], int(pair[1])
+        if label not in ids:
+            raise InputError(f'{where}: class {label} {unknown}')
+        if Path(name).is_absolute() or '..' in Path(name).parts:
+            raise InputError(f'{where}: {name!r} lies outside of {folder}')
+        if folder / name in samples:
+            raise InputError(f'{where}: {name!r} stands there twice')
+        samples[folder / name] = ids.index(label)
+    return list(samples.items())
 
 
 def compared(parts, classes, note, config):
@@ -254,106 +260,60 @@ TORCHVISION = {
 def drawn(config, root):
     """VTAB-1k's protocol on torchvision's data set, downloaded when missing: n_train and n_val images of its
     training split, its whole test split. Where it has no splits, n_test images are held out first."""
-    splits = [torchvision_split(config, root, arguments) for arguments in TORCHVISION[config.torchvision][2:]]
-    (samples, classes), (test, _) = splits[0], splits[-1]
+    name, (folder, url, *splits) = config.torchvision, TORCHVISION[config.torchvision]
+    try:
+        found = [torchvision_split(config, arguments) for arguments in splits]
+    except Exception as error:  # no network, a moved file, a full disk, a cut annotation file
+        raise InputError(
+            f'{name} is not, or not whole, in {Path(config.data) / folder}, and could not be downloaded or read '
+            f"({type(error).__name__}: {error}). Unpack {url} there, or VTAB-1k's lists and images into {root}, or "
+            'name the data folder with --data, or install the package that is missing; python train.py alone needs no '
+            'download') from None
+    (samples, classes), (test, _) = found[0], found[-1]
     if len(splits) == 1:
-        samples = shuffled(sorted(samples))  # sorted: a folder has no order of its own
-        samples, test = samples[config.n_test:], samples[:config.n_test]
-    train, val = draw(samples, config)
-    note = (f"torchvision's {config.torchvision}: {len(train + val)} of {len(samples)} training images, drawn by us: "
+        samples = sorted(samples)  # a folder has no order of its own
+        samples, test = draw(samples, len(samples) - config.n_test, config.n_test)
+    train, val = draw(samples, config.n_train, config.n_val)
+    note = (f"torchvision's {name}: {len(train + val)} of {len(samples)} training images, drawn by us: "
             'not the official VTAB-1k split')
     return compared((train, val, test), classes, note, config)
 
 
-def torchvision_split(config, root, arguments):
+def torchvision_split(config, arguments):
     """Samples of one split of torchvision's data set, and its classes: names, or numbers where it does not know all."""
-    name, (folder, url, *_) = config.torchvision, TORCHVISION[config.torchvision]
-    folder = Path(config.data) / folder
-    try:
-        pictures = getattr(torchvision.datasets, name)(config.data, download=True, **arguments)
-        samples, classes = samples_of(pictures, name)
-        wrong = [f'{path} of class {label}' for path, label in samples if not 0 <= label < config.classes]
-        if wrong or not samples:
-            raise ValueError(f'{wrong[0] if wrong else "no image"} in {name} {list(arguments.values())}, whose classes '
-                             f'go from 0 to {config.classes - 1}')
-    except Exception as error:  # no network, a moved file, a full disk, a cut annotation file
-        raise InputError(
-            f'{name} is not, or not whole, in {folder}, and could not be downloaded or read ({type(error).__name__}: '
-            f"{error}). Unpack {url} there, or VTAB-1k's lists and images into {root}, or name the data folder with "
-            '--data, or install the package that is missing; python train.py alone needs no download') from None
-    return samples, classes if len(classes) == config.classes else [str(i) for i in range(config.classes)]
-
-
-def samples_of(pictures, name):
-    """Samples of a torchvision data set and the names of its classes, if it has them."""
+    name = config.torchvision
+    pictures = getattr(torchvision.datasets, name)(config.data, download=True, **arguments)
     if name == 'Caltech101':  # torchvision leaves out the background, which VTAB-1k counts as a class
         pictures = ImageFolder(Path(pictures.root) / '101_ObjectCategories')
-    if isinstance(pictures, ImageFolder):  # EuroSAT too
-        return pictures.samples, pictures.classes
     found = vars(pictures)
     paths = found.get('_images', found.get('_image_files', [Place(pictures, i) for i in range(len(pictures))]))
     labels = found.get('_labels', found.get('labels', found.get('targets')))
+    if isinstance(pictures, ImageFolder):  # EuroSAT too
+        paths = [path for path, _ in pictures.samples]
     if name == 'PCAM':
         with pictures.h5py.File(pictures._base_folder / pictures._FILES[pictures._split]['targets'][0]) as file:
             labels = file['y'][:].ravel()
     first = 3 if name == 'CLEVRClassification' else 0  # CLEVR counts 3 to 10 objects
-    return [(path, int(label) - first) for path, label in zip(paths, labels)], getattr(pictures, 'classes', [])
+    samples = [(path, int(label) - first) for path, label in zip(paths, labels)]
+    wrong = [f'{path} of class {label}' for path, label in samples if not 0 <= label < config.classes]
+    if wrong or not samples:
+        what = f'{wrong[0] if wrong else "no image"} in {name} {list(arguments.values())}'
+        raise ValueError(f'{what}, whose classes go from 0 to {config.classes - 1}')
+    names = found.get('classes', [])
+    return samples, names if len(names) == config.classes else [str(i) for i in range(config.classes)]
 
 
-def shuffled(samples):
-    """The samples in random order, always the same one."""
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
-    return [samples[i] for i in order]
-
-
-def draw(samples, config):
+def draw(samples, n_train, n_val):
     """n_train and n_val of the samples, always the same ones; of fewer samples all, in the same proportions."""
-    wanted = config.n_train + config.n_val
-    n_val = round(min(wanted, len(samples)) * config.n_val / wanted)
-    chosen = shuffled(samples)[:wanted]
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [samples[i] for i in order[:n_train + n_val]]
+    n_val = round(len(chosen) * n_val / (n_train + n_val))
     return chosen[n_val:], chosen[:n_val]
 
 
-# ---- FGVC: 5 tasks --------------------------------------------------------------------------------------
-
-
-def fgvc(config):
-    """Fine-grained classification with VPT's lists in fgvc/DIR/. Classes are those of train.json, in order."""
-    root = Path(config.data) / 'fgvc' / config.dir
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; put {config.task} there, and VPT's train.json, val.json and "
-                         f'test.json, with images in {root / config.images}; or name the data folder with --data')
-    files = [root / name for name in ('train.json', 'val.json', 'test.json')]
-    parts = [read_json(file, root / config.images) for file in files]
-    ids = {label: i for i, label in enumerate(sorted({label for _, label in parts[0]}))}
-    if len(ids) > config.classes:
-        raise InputError(f'{files[0]}: {len(ids)} classes, and not {config.classes}')
-    for file, samples in zip(files, parts):
-        if unknown := sorted({label for _, label in samples} - set(ids)):
-            raise InputError(f'{file}: class {unknown[0]} is not in {files[0].name}')
-    parts = [[(path, ids[label]) for path, label in samples] for samples in parts]
-    return compared(parts, [str(label) for label in ids], f"VPT's lists in {root}", config)
-
-
-def read_json(path, folder):
-    """Samples of a JSON object from file name, relative to the folder, to class id."""
-    try:
-        pairs = json.loads(path.read_text(encoding='utf-8-sig'), object_pairs_hook=tuple)  # a dict would drop some
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f'{path}: not a readable JSON list of images ({error})') from None
-    if type(pairs) is not tuple or not pairs:
-        raise InputError(f'{path}: expected a JSON object {{"FILE": CLASS, ...}} with an image at least')
-    samples = {}
-    for name, label in pairs:
-        if type(label) not in (int, str) or not re.fullmatch('[0-9]{1,9}', str(label)):
-            raise InputError(f'{path}: the class of {name!r} is a number from 0, not {str(label)[:80]!r}')
-        if (file := inside(folder, name, path)) in samples:
-            raise InputError(f'{path}: {name!r} stands there twice')
-        samples[file] = int(label)
-    return list(samples.items())
-
-
 # ---- A folder of your own -------------------------------------------------------------------------------
+
+HIDDEN = re.compile(r'(^|[/\\])(\.|__)')  # in a path, what starts with . or __: .ipynb_checkpoints, __MACOSX, ._a.jpg
 
 
 def folders(config):
@@ -361,21 +321,17 @@ def folders(config):
     train takes its place, always the same one."""
     root, notes = Path(config.data), [f'images in {config.data}']
     train, classes = read_folder(root / 'train', notes)
-    test, val = read_folder(root / 'test', notes, classes)[0], None
+    test, _ = read_folder(root / 'test', notes, classes)
     if config.classes not in (0, len(classes)):
         raise InputError(f'{root / "train"}: {len(classes)} classes, and not {config.classes}')
     if (root / 'val').is_dir():
-        val = read_folder(root / 'val', notes, classes)[0]
+        val, _ = read_folder(root / 'val', notes, classes)
     else:
-        train = shuffled(train)
-        val, train = train[:len(train) // 5], train[len(train) // 5:]
+        train, val = draw(train, len(train) - len(train) // 5, len(train) // 5)
         notes[0] += f'; there is no val/: {len(val)} of the training images, drawn by us, are for validation'
     if missing := sorted(set(range(len(classes))) - {label for _, label in test}):
         notes.append(f'{len(missing)} of {len(classes)} classes have no test image, as {classes[missing[0]]}')
     return Task(*(Files(samples, resized(config)) for samples in (train, val, test)), classes, notes)
-
-
-HIDDEN = re.compile(r'(^|[/\\])(\.|__)')  # in a path, what starts with . or __: .ipynb_checkpoints, __MACOSX, ._a.jpg
 
 
 def read_folder(path, notes, classes=None):
@@ -387,12 +343,12 @@ def read_folder(path, notes, classes=None):
                              is_valid_file=lambda file: not HIDDEN.search(os.path.relpath(file, path)))
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f'{path}: no folder of images by class ({error}); it should hold CLASS/*.jpg') from None
-    samples = [(file, label) for file, label in found if file.lower().endswith(IMG_EXTENSIONS)]
+    samples = [(file, label) for file, label in found if is_image_file(file)]
     if empty := sorted(set(range(len(names))) - {label for _, label in samples}):
         raise InputError(f'{path / names[empty[0]]}: no image for torchvision; it should hold *.jpg or the like')
     if len({os.path.realpath(file) for file, _ in samples}) < len(samples):
         raise InputError(f'{path}: a file is there twice by way of a link; is there a link that leads back?')
-    if others := [file for file, _ in found if not file.lower().endswith(IMG_EXTENSIONS)]:
+    if others := [file for file, _ in found if not is_image_file(file)]:
         notes.append(f'{len(others)} files in {path} are left out, no images for torchvision: {others[0]}')
     classes = names if classes is None else classes
     if unknown := sorted(set(names) - set(classes)):
@@ -401,7 +357,6 @@ def read_folder(path, notes, classes=None):
 
 
 # ---- Pictures of shapes: a world that needs no download -------------------------------------------------
-#
 # Shapes of different colours, one of each, lie in different cells of a 3 x 3 grid. For pre-training a frame
 # asks a question of one of four kinds. Downstream pictures have no frame: the question has to be learned.
 
@@ -423,17 +378,11 @@ class Scene(NamedTuple):
     there: np.ndarray  # whether it is in the picture
 
 
-def in_cell(scene, cell):
-    """The number of the colour in one cell of each picture, cell [n] -> [n]; n_shapes where there is none."""
-    here = scene.cell == cell[:, None]
-    return np.where(here.any(axis=1), here.argmax(axis=1), here.shape[1])
-
-
 QUESTIONS = {  # the answer's number in pictures i [n] of a scene s, for the colour (or cell) c [n]
     'where': lambda s, i, c: s.cell[i, c],
     'size': lambda s, i, c: (s.radius[i, c] > 5).astype(int),
     'shape': lambda s, i, c: s.shape[i, c],
-    'colour': lambda s, i, c: in_cell(s, c),
+    'colour': lambda s, i, c: np.column_stack([s.cell == c[:, None], np.ones_like(i)]).argmax(axis=1),  # or nothing
     'side': lambda s, i, c: 1 + np.sign(s.cell[i, c] % 3 - s.cell[i, 0] % 3),  # of the first colour's shape
     'count': lambda s, i, c: s.there.sum(axis=1) - 1}
 ASKED = tuple(QUESTIONS)[:4]  # by a frame, in pre-training
@@ -454,11 +403,10 @@ def shapes(config):
     known = ['frame', 'colour', 'count', *map('_'.join, pairs)]
     if config.ask not in known:
         raise InputError(f'ask={config.ask}: with the colours {", ".join(config.colours)} one of {", ".join(known)}')
-    sets = []
-    for seed, n in enumerate((config.n_train, config.n_val, config.n_test)):
-        images, labels = draw_shapes(n, config.ask, config.colours, config.look, config.grain, config.img_size,
-                                     (seed, config.ask == 'frame'))
-        sets.append(list(zip(torch.from_numpy(images), labels.tolist())))
+    how = config.ask, config.colours, config.look, config.grain, config.img_size
+    sets = [draw_shapes(n, *how, seed=(seed, question == 'frame'))
+            for seed, n in enumerate((config.n_train, config.n_val, config.n_test))]
+    sets = [list(zip(torch.from_numpy(images), labels.tolist())) for images, labels in sets]
     return Task(*sets, names_of(question, config.colours), [f'pictures of shapes, drawn; the question: {config.ask}'])
 
 
@@ -471,11 +419,9 @@ def draw_shapes(n, ask, colours=tuple(COLOURS)[:4], look='plain', grain=8, size=
     if question == 'frame':
         q, c = rng.integers(len(ASKED), size=n), rng.integers(len(colours), size=n)
         cell = np.where(rng.random(n) < 0.6, scene.cell[i, c], rng.integers(9, size=n))  # often one that is not empty
-        labels, first = np.zeros(n, dtype=int), 0
-        for k, name in enumerate(ASKED):
-            answers = first + QUESTIONS[name](scene, i, cell if name == 'colour' else c)
-            labels = np.where(q == k, answers, labels)
-            first += len(names_of(name, colours))
+        answers = [QUESTIONS[name](scene, i, cell if name == 'colour' else c) for name in ASKED]
+        first = np.cumsum([0, *(len(names_of(name, colours)) for name in ASKED)])  # label of each question
+        labels = first[q] + np.stack(answers)[q, i]
     else:
         c = np.full(n, list(colours).index(colour) if colour else CELLS.index('middle centre'))
         labels = QUESTIONS[question](scene, i, c)
@@ -483,7 +429,7 @@ def draw_shapes(n, ask, colours=tuple(COLOURS)[:4], look='plain', grain=8, size=
     background = rng.uniform(60, 200, (n, 1, 1, 1)).astype(np.float32)
     images = np.empty((n, 3, size, size), dtype=np.uint8)
     for part in np.array_split(i, max(1, n * size ** 2 // 2 ** 20)):
-        canvas = np.broadcast_to(background[part], (len(part), 3, size, size))
+        canvas = background[part]
         if look == 'waves':
             canvas = canvas + waves(len(part), size, rng)
         shown = Scene(*(x[part] for x in scene))
@@ -532,12 +478,11 @@ def framed(canvas, q, colour, cell):
     size = canvas.shape[-1]
     place = (np.arange(size) * 48 // size - 3) // 14  # of a cell in its row or column
     edge = np.arange(size) < size * 3 // 48
-    top, left = edge[:, None], edge
-    bottom, right = top[::-1], left[::-1]
-    around = top | left | bottom | right
-    sides = np.stack([around, top | left, bottom | right, around])[q][:, None]  # [n, 1, size, size]
+    start = edge[:, None] | edge  # the top and the left
+    end = start[::-1, ::-1]
+    sides = np.stack([start | end, start, end, start | end])[q][:, None]  # [n, 1, size, size]
     row, column = (cell // 3)[:, None, None], (cell % 3)[:, None, None]
-    black = (place[:, None] == row) & (left | right) | (place == column) & (top | bottom)
+    black = (place[:, None] == row) | (place == column)
     marks = np.where(black, 0, 255)[:, None]
     painted = np.where((q == 3)[:, None, None, None], marks, colour[:, :, None, None])
     return np.where(sides, painted, canvas).astype(np.float32)
@@ -555,7 +500,8 @@ def ade20k(config):
     if config.classes != ADE20K_CLASSES:
         raise InputError(f'classes={config.classes}: ADE20K has {ADE20K_CLASSES}')
     root = Path(config.data) / 'ADEChallengeData2016'
-    parts = (*draw(partners(root, 'training'), config), partners(root, 'validation'))
+    train, val = draw(partners(root, 'training'), config.n_train, config.n_val)
+    parts = train, val, partners(root, 'validation')
     return compared(parts, names_in(root / 'objectInfo150.txt'), f'ADE20K in {root}', config)
 
 
@@ -654,11 +600,10 @@ SOURCES = {'vtab': vtab, 'fgvc': fgvc, 'folder': folders, 'shapes': shapes, 'ade
 
 
 def batches(pictures, config, device, epoch=None, part=slice(None)):
-    """Yield (images float [B, 3, H, W], normalised, labels [B]) on the device.
-
-    With an epoch: shuffled and augmented for training, by random numbers that depend on the seed and the epoch alone
-    (two seeds below 4,294 never share any: torch takes 32 bits). Without: in order, the middle of each picture.
-    part: which of each batch, where processes share them; one that has none of a batch gets its first picture."""
+    """Yield (images float [B, 3, H, W], normalised, labels [B]) on the device. With an epoch: shuffled and augmented by
+    random numbers of seed and epoch alone (two seeds below 4,294 never share any: torch takes 32 bits). Without: in
+    order, the middle of each picture. part: which of each batch, where processes share them; one that has none of a
+    batch gets its first picture."""
     generator = torch.Generator().manual_seed(1_000_003 * config.seed + (epoch or 0))
     order = range(len(pictures)) if epoch is None else torch.randperm(len(pictures), generator=generator).tolist()
     draws = torch.rand(len(order), 3, generator=generator)
@@ -690,12 +635,11 @@ def moments(config, device):
 def augment(images, size, draws):
     """A window of each image [3, H, W], half of them flipped, by draws from 0 to 1 [B, 3]: uint8 [B, 3, size, size]."""
     windows = []
-    for image, (top, left, _) in zip(images, draws.tolist()):
+    for image, (top, left, flip) in zip(images, draws.tolist()):
         i, j = int(top * (image.shape[1] - size + 1)), int(left * (image.shape[2] - size + 1))
-        windows.append(image[:, i:i + size, j:j + size])
-    windows = torch.stack(windows)
-    flipped = send(draws[:, 2].lt(0.5), windows.device)
-    return torch.where(flipped[:, None, None, None], windows.flip(-1), windows)
+        window = image[:, i:i + size, j:j + size]
+        windows.append(window.flip(-1) if flip < 0.5 else window)
+    return torch.stack(windows)
 
 
 def send(x, device):

@@ -5,7 +5,6 @@ The protocol is VTAB-1k's: 800 pictures to train on, 200 to choose settings on, 
 
 import io
 import itertools
-import logging
 import os
 import resource
 import signal
@@ -101,19 +100,17 @@ def test_a_list_may_have_windows_line_ends_and_names_with_spaces(tmp_path):
 
 @given(st.integers(1, 3000), st.integers(1, 900), st.integers(0, 300))
 def test_train_and_val_are_disjoint_in_proportion_and_always_the_same(n, n_train, n_val):
-    config = tiny(n_train=n_train, n_val=n_val)
-    train_set, val_set = data.draw(range(n), config)
+    train_set, val_set = data.draw(range(n), n_train, n_val)
     assert len(set(train_set) | set(val_set)) == len(train_set) + len(val_set) == min(n, n_train + n_val)
     assert set(train_set) | set(val_set) <= set(range(n))
     assert abs(len(val_set) - len(train_set + val_set) * n_val / (n_train + n_val)) <= 0.5
-    torch.manual_seed(n)
-    other = tiny(n_train=n_train, n_val=n_val, seed=7)  # neither this seed nor torch's has a part in it
-    assert data.draw(range(n), other) == (train_set, val_set)
+    torch.manual_seed(n)  # which has no part in it
+    assert data.draw(range(n), n_train, n_val) == (train_set, val_set)
 
 
 def test_the_draw_is_800_and_200_of_all_breeds():
     """Section 4.1. The split of the 3,680 trainval pictures does not change from one version to the next."""
-    train_set, val_set = data.draw(range(3680), tiny(n_train=800, n_val=200))
+    train_set, val_set = data.draw(range(3680), 800, 200)
     assert (len(train_set), len(val_set)) == (800, 200)
     assert len({i * 37 // 3680 for i in train_set}) == 37
     assert (train_set[:3], val_set[:3]) == ([2589, 676, 2579], [364, 1303, 133])
@@ -180,8 +177,8 @@ def test_other_pictures_labels_and_names_are_differences(change, parts, tmp_path
 
 def test_other_classes_and_another_order_are_differences():
     samples = [(torch.full((3, 4, 4), i, dtype=torch.uint8), i) for i in range(3)]
-    config, task = tiny(), data.Task(samples, samples[:2], samples[:1], ['a', 'b', 'c'])
-    other = data.Task(samples[::-1], samples[:2], [(samples[1][0], 0)], ['a', 'c', 'b'])
+    config, task = tiny(), data.Task(samples, samples[:2], samples[:1], ['a', 'b', 'c'], [])
+    other = data.Task(samples[::-1], samples[:2], [(samples[1][0], 0)], ['a', 'c', 'b'], [])
     assert differing(data.digest(task, config), data.digest(other, config)) == {
         'class names', 'train names', 'train labels', 'test names'}
 
@@ -363,17 +360,6 @@ def test_ctrl_c_while_pictures_are_decoded_is_no_traceback_of_a_thread(capfd):
         for _ in data.decoded(lambda i: os.kill(os.getpid(), signal.SIGINT) if i == 9 else time.sleep(0.01), range(99), 2):
             pass
     assert threading.active_count() == before and capfd.readouterr() == ('', '')
-
-
-def test_where_no_thread_can_be_started_pictures_are_decoded_without_and_one_line_says_so(monkeypatch, caplog):
-    def refused(self):
-        raise RuntimeError("can't start new thread")
-    monkeypatch.setattr(threading.Thread, 'start', refused)
-    data.warn.cache_clear()
-    with caplog.at_level(logging.WARNING, 'ivpt'):
-        for _ in range(3):  # epochs
-            assert list(data.decoded(str, range(9), 2)) == list('012345678')
-    assert len(caplog.messages) == 1 and '\n' not in caplog.messages[0] and '--set workers=0' in caplog.messages[0]
 
 
 def test_a_run_on_pictures_in_files_needs_few_open_files_and_no_processes(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def first_becomes(text):
 
 CHANGES = {
     'train labels': lambda root: rewrite(root / 'train800.txt', first_becomes('images/train800/000000.jpg 5')),
-    'train names': lambda root: rewrite(root / 'train800.txt', first_becomes('images/train800/000007.jpg 0')),
+    'train names': lambda root: rewrite(root / 'train800.txt', first_becomes('images/val200/000000.jpg 0')),
     'val labels': lambda root: rewrite(root / 'val200.txt', first_becomes('images/val200/000000.jpg 9')),
     'test names': lambda root: rewrite(root / 'test.txt', lambda text: '\n'.join(text.split('\n')[::-1]).strip() + '\n'),
     'test sizes': lambda root: save_picture(root / 'images' / 'test' / '000001.jpg', 77, 90, 80),

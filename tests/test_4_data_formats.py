@@ -325,12 +325,12 @@ def test_missing_lists_say_which_folder_should_hold_what(tmp_path):
     assert str(tmp_path / 'fgvc' / 'dogs' / 'Images') in said and 'train.json, val.json and test.json' in said
     lists(tmp_path, 'dogs')
     (file := tmp_path / 'fgvc' / 'dogs' / 'val.json').unlink()
-    assert f'{file}: not a readable JSON list' in refusal('dogs', tmp_path)
+    assert f'{file}: not a readable list' in refusal('dogs', tmp_path)
 
 
 def test_a_class_that_is_not_trained_on_is_refused(tmp_path):
     folder = lists(tmp_path, 'cub', train=[3, 5], val=[3], test=[5, 20])
-    assert f'{folder / "test.json"}: class 20 is not in train.json' in refusal('cub', tmp_path)
+    assert f'{folder / "test.json"}, entry 2: class 20 is not in train.json' in refusal('cub', tmp_path)
 
 
 def test_more_classes_than_there_are_in_the_paper_are_refused(tmp_path):
@@ -342,9 +342,9 @@ NUMBER = 'is a number from 0, not'
 
 
 @pytest.mark.parametrize('content, said', [
-    (b'', 'not a readable JSON list'), (b'{"a.jpg": 1', 'not a readable JSON list'),
-    (b'{"\xff.jpg": 1}', 'not a readable JSON list'), (b'[' * 10 ** 6, 'not a readable JSON list'),
-    (b'{"a":' * 10 ** 6, 'not a readable JSON list'), (b'{"a.jpg": ' + b'9' * 5000 + b'}', 'not a readable JSON list'),
+    (b'', 'not a readable list'), (b'{"a.jpg": 1', 'not a readable list'),
+    (b'{"\xff.jpg": 1}', 'not a readable list'), (b'[' * 10 ** 6, 'not a readable list'),
+    (b'{"a":' * 10 ** 6, 'not a readable list'), (b'{"a.jpg": ' + b'9' * 5000 + b'}', 'not a readable list'),
     (b'[]', 'expected a JSON object'), (b'{}', 'expected a JSON object'), (b'[["a.jpg", 1]]', 'expected a JSON object'),
     (b'3', 'expected a JSON object'), (b'null', 'expected a JSON object'),
     (b'{"a.jpg": -1}', NUMBER), (b'{"a.jpg": true}', NUMBER), (b'{"a.jpg": 1.0}', NUMBER), (b'{"a.jpg": NaN}', NUMBER),
@@ -380,11 +380,11 @@ def read(reader, content, name):
 
 
 def read_list(content):
-    return read(lambda path: data.read_list(path, 37), content, 'list.txt')
+    return read(lambda path: data.read_list(path, path.parent, range(37)), content, 'list.txt')
 
 
 def read_json(content):
-    return read(lambda path: data.read_json(path, path.parent), content, 'list.json')
+    return read(lambda path: data.read_list(path, path.parent), content, 'list.json')
 
 
 @given(samples)

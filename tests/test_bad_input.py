@@ -184,6 +184,7 @@ def test_an_annotation_with_a_breed_out_of_range_is_refused(label, tmp_path, pet
     ('images/train800/000001.jpg ' + 5000 * '9', 'expected "FILE CLASS"'),
     ('7', 'expected "FILE CLASS"'),
     ('images/train800/000001.jpg 37', 'class 37 of 37; ids count from 0'),
+    ('images/train800/000000.jpg 1', "'images/train800/000000.jpg' stands there twice"),
     ('../../../secret.jpg 1', 'lies outside of'),
     ('/secret.jpg 1', 'lies outside of'),
     ('images/../../../secret.jpg 1', 'lies outside of'),

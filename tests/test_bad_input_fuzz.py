@@ -240,7 +240,7 @@ def test_a_list_of_anything_gives_samples_in_its_folder_or_is_refused_in_one_lin
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     try:
-        samples = data.read_list(path, 37)
+        samples = data.read_list(path, path.parent, range(37))
         data.Files(samples, 8)
     except vit.InputError as error:
         assert len(str(error).splitlines()) == 1 and str(path.parent) in str(error)
