@@ -20,7 +20,6 @@ import difflib
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -30,7 +29,7 @@ import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
-from itertools import product, takewhile
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,7 +111,6 @@ def make_optimizer(model, config):
     for name, p in model.named_parameters():
         if p.requires_grad:
             groups[not decays(name, p, config)]['params'].append(p)
-    groups = [group for group in groups if group['params']]
     if config.optimizer == 'SGD':
         return torch.optim.SGD(groups, config.lr, config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
@@ -367,16 +365,15 @@ def run(config, again=False):
         for record in train(model, optimizer, learn, config, device, len(records), scaler):
             records.append(record)
             save(place, model, optimizer, scaler, records, config, device)
-            left = sum(r['seconds'] for r in records) / len(records) * (config.epochs - len(records))
+            left = timedelta(seconds=round(record['seconds'] * (config.epochs - len(records))))
             say('epoch {epoch:3d}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  {images_per_second:.0f} images/s  '
-                '{left} left'.format(**record, epochs=config.epochs, left=clock(left)))
+                '{left} left'.format(**record, epochs=config.epochs, left=left))
         return finish(place, model, score, task, config, records, device)
-    except FloatingPointError as error:
-        raise Diverged(f'{error}. {kept(place, records, config)}. Lower the learning rate: '
-                       f'--set lr={config.lr / 4:g}') from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f'stopped. {kept(place, records, config)}; the same command goes on '
-                                'from there') from None
+    except (FloatingPointError, KeyboardInterrupt) as stop:
+        kept = f'{len(records)} of {config.epochs} epochs are kept in {place}'
+        if isinstance(stop, KeyboardInterrupt):
+            raise KeyboardInterrupt(f'stopped. {kept}; the same command goes on from there') from None
+        raise InputError(f'{stop}. {kept}. Lower the learning rate: --set lr={config.lr / 4:g}') from None
 
 
 def synchronised(model, device):
@@ -386,10 +383,6 @@ def synchronised(model, device):
     if device.type not in ('cuda', 'xpu'):
         raise InputError(f'{device}: torch synchronises no batch norm there, so no run is shared: leave out torchrun')
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-
-class Diverged(InputError):
-    """The learning rate is too high."""
 
 
 def decoded(config, task, device):
@@ -437,11 +430,6 @@ def environment(device):
             'torchvision': torchvision.__version__}
 
 
-def kept(folder, records, config):
-    """How far a run got that is stopped."""
-    return f'{len(records)} of {config.epochs} epochs are kept in {folder}'
-
-
 def header(config, task, model, device, why):
     """Say what is about to be trained, on what, with what."""
     parts, size = trained(model), sum(p.numel() for p in model.parameters())
@@ -461,11 +449,6 @@ def header(config, task, model, device, why):
     say(f'method    {config.method}, seed {config.seed}: {count(model) / 1e6:.3f}M trained ({sizes}){paper}')
     say('device    {device}, {threads} threads, torch {torch}, torchvision {torchvision}'.format(**environment(device)))
     say(f'numbers   {config.precision}: {why}')
-
-
-def clock(seconds):
-    """Seconds as minutes:seconds."""
-    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
 def live(line):
@@ -522,10 +505,7 @@ def write(path, content):
 
 def read(path):
     """The bytes of a file; None if there is none."""
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    return path.read_bytes() if path.exists() else None
 
 
 def save(folder, model, optimizer, scaler, records, config, device):
@@ -563,10 +543,7 @@ def resume(folder, model, optimizer, scaler, config, device):
         return []
     newest = max(found, key=lambda checkpoint: len(checkpoint['records']))
     same_settings(newest['config'], config, folder)
-    then, now = ({name: x.shape for name, x in tensors.items()} for tensors in (newest['trained'], trained(model)))
-    if then != now:
-        raise InputError(f'{folder}: a checkpoint holds parameters of other names or sizes; --again starts over')
-    model.load_state_dict(newest['trained'], strict=False)
+    model.load_state_dict(model.state_dict() | newest['trained'])
     optimizer.load_state_dict(newest['optimizer'])
     scaler.load_state_dict(newest['scaler'])
     say(f'resumed   after epoch {len(newest["records"])} of {config.epochs}, from {folder}')
@@ -616,32 +593,6 @@ def has_params(folder, result):
     return digest(read(folder / 'params.pth') or b'') == result['params_digest']
 
 
-def open_run(folder, device, changes=None, code=()):
-    """The settings, the names of the classes and the model of a finished run. changes: where its data and weights are
-    by now, if elsewhere. code: the methods in files that may be run. Raises InputError if it was trained with other
-    data or weights."""
-    result = read_result(folder)
-    if not result:
-        raise InputError(f'{folder}: no finished run; train it first')
-    if not has_params(folder, result):
-        raise InputError(f'{folder}: params.pth is not what result.json was measured with; train it again')
-    stored = result['config']
-    config = SimpleNamespace(**stored | {name: (changes or {}).get(name, stored[name]) for name in ('data', 'weights')})
-    if '.py:' in config.tune and config.tune not in code:
-        raise InputError(f'{folder}: it was made by {config.tune}, which is code: name it with --method')
-    if config.tune == 'all':  # params.pth is the whole model
-        config.weights = 'random'
-    model = make_model(config, len(result['classes'])).to(device).eval()
-    if config.tune != 'all' and config.backbone != stored['backbone']:
-        raise InputError(f'{folder} was tuned on another backbone than {config.weights} holds: backbone '
-                         f'{stored["backbone"]} -> {config.backbone}; name its file with --weights')
-    if getattr(config, 'code', None) != stored.get('code'):
-        raise InputError(f'{folder}: {config.tune} is not the code any more that made it; --again trains anew')
-    config.weights, config.backbone = stored['weights'], stored['backbone']
-    model.load_state_dict(vit.read_state_dict(folder / 'params.pth'), strict=False)
-    return config, result['classes'], model
-
-
 # ---- Many runs ------------------------------------------------------------------------------------------
 
 
@@ -649,30 +600,28 @@ def run_all(runs, again, searching):
     """Run all: here one after another; under torchrun each in the process that is free next, and one alone in all of
     them together. With a search, its points come first. What is wrong with one run (data that is not there, a rate too
     high) is said once, and the next has its turn. Returns the results and the exit status, to the first process."""
-    first, best = {}, {}  # of the runs of one task, model and method: the first searches for all; what it found
+    first, best = {}, {}  # of the seeds of a task, model and method: the first searches for all; what it found
     for config in runs:
-        first.setdefault((config.task, config.model, config.method), config)
+        first.setdefault(folder_of(config).parent, config)
     jobs = [point for config in first.values() for point in points(config) if searching] + runs
     (store, turns), said = take_turns(len(jobs), runs[0].device), set()
     for i in turns:
-        config, result = jobs[i], None  # what the others see of a run that failed
+        config, result = jobs[i], {}  # what the others see of a run that failed
         try:
             if searching and not config.point:
-                key = config.task, config.model, config.method
-                best[key] = best.get(key) or search(first[key], store)
-                vars(config).update(best[key])
+                seeds = folder_of(config).parent
+                best[seeds] = best.get(seeds) or search(first[seeds], store)
+                vars(config).update(best[seeds])
             result = run(config, again)
         except (InputError, torch.OutOfMemoryError) as error:
-            if config.point.startswith('search') and isinstance(error, Diverged):
-                result = {'accuracy': None}  # the point loses
             if str(error) not in said:
                 complain(error)
             said.add(str(error))
         store.set(str(folder_of(config)), json.dumps(result))
     if int(os.environ.get('RANK', 0)) > 0:
         return [], 0
-    results = [told(store, config) for config in jobs]
-    return [result for result in results[-len(runs):] if result], 2 if None in results else 0
+    results = [told(store, config) for config in runs]
+    return [result for result in results if result], 0 if all(results) else 2
 
 
 def take_turns(n, device):
@@ -687,11 +636,12 @@ def take_turns(n, device):
         backend = dist.get_default_backend_for_device(find_device(device))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         return store, range(1)
-    return store, takewhile(lambda i: i < n, (store.add('turn', 1) - 1 for _ in itertools.count()))
+    turns = (store.add('turn', 1) - 1 for _ in range(n))
+    return store, (i for i in turns if i < n)
 
 
 def told(store, config):
-    """What became of a run, as soon as it has: its result, or None."""
+    """What became of a run, as soon as it has: its result, or {} if it failed."""
     return json.loads(store.get(str(folder_of(config))))
 
 
@@ -705,8 +655,8 @@ def points(config):
 
 def search(config, store):
     """The best point of a search, as settings. Ties go to the smaller learning rate. All scores are printed and written
-    to search.json. Raises Diverged if no point has a score."""
-    scores = [({name: getattr(point, name) for name in config.grid}, (told(store, point) or {}).get('accuracy'))
+    to search.json. Raises InputError if no point has a score."""
+    scores = [({name: getattr(point, name) for name in config.grid}, told(store, point).get('accuracy'))
               for point in points(config)]
     scores.sort(key=lambda row: (-1 if row[1] is None else row[1], -row[0].get('lr', 0)), reverse=True)
     rows = [point | {'accuracy': score} for point, score in scores]
@@ -716,8 +666,8 @@ def search(config, store):
         say(f'          {point}: {"none" if score is None else f"{100 * score:.2f}%"}')
     best, score = scores[0]
     if score is None:
-        raise Diverged(f'{folder_of(config)}: no point of the grid has come to an end; give it lower rates: '
-                       '--set grid="{lr: [...]}"')
+        raise InputError(f'{folder_of(config)}: no point of the grid has come to an end; give it lower rates: '
+                         '--set grid="{lr: [...]}"')
     for name, values in config.grid.items():
         if len(values) > 1 and best[name] and best[name] in (min(values), max(values)):  # there is nothing below 0
             say(f'          the best {name}, {best[name]}, is the last of the grid on its side: look beyond it')
@@ -762,12 +712,8 @@ def published(configs, config, column):
 
 def tasks_of(configs, names):
     """The tasks that names of tasks and groups stand for."""
-    return [name for name in columns(configs, names) if name not in configs['groups']]
-
-
-def columns(configs, names):
-    """Tasks, and after the tasks of a group the group, as the columns of a report: names may be of both."""
-    return [column for name in names for column in (*columns(configs, configs['groups'].get(name, ())), name)]
+    groups = configs['groups']
+    return [task for name in names for task in (tasks_of(configs, groups[name]) if name in groups else [name])]
 
 
 def entry(configs, section, name):
@@ -801,15 +747,13 @@ def colours(x):
     return len(x) == 3 and all(type(c) in (int, float) and abs(c) < 1e6 for c in x)
 
 
-ANY = (lambda x: True, '')
-FOLDER = (bool, 'is the name of a folder')
-COUNT = (lambda x: x == 'auto' or x.isdecimal() and int(x) <= 1024, 'is auto, or a number from 0 to 1024')
 TUNES = ('prompts', 'bias', 'head', 'all')
 
 # What a setting has to be, beside of the type of its default: a test, and what it says in words.
 RULES = {
     'lr': between(1e-12, 1e6), 'weight_decay': between(0, 1e6), 'momentum': between(0, 1), 'warmup': between(0, 0.99),
-    'epochs': between(1, 10 ** 6), 'batch': between(1, 10 ** 6), 'workers': COUNT,
+    'epochs': between(1, 10 ** 6), 'batch': between(1, 10 ** 6),
+    'workers': (lambda x: x == 'auto' or x.isdecimal(), 'is auto, or a number'),
     'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
     'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4),
@@ -823,8 +767,8 @@ RULES = {
     'save_dtype': one_of('float32', 'float16'), 'structure': one_of(*ivpt.STRUCTURES),
     'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'readout': one_of('cls', 'mean'), 'source': one_of(*data.SOURCES),
     'torchvision': one_of('', *data.TORCHVISION),
-    'precision': one_of('auto', 'float32', 'bfloat16', 'float16'), 'data': FOLDER, 'runs': FOLDER,
-    **dict.fromkeys(('task', 'method', 'model', 'weights', 'dir', 'images', 'ask', 'device', 'aggregation'), ANY),
+    'precision': one_of('auto', 'float32', 'bfloat16', 'float16'),
+    **dict.fromkeys(('data', 'runs'), (bool, 'is the name of a folder')),
     'colours': (lambda x: 0 < len(x) == len(set(x) & set(data.COLOURS)), f'is some of {", ".join(data.COLOURS)}'),
     'mean': (colours, 'is three numbers, one a colour'),
     'std': (lambda x: colours(x) and min(x) > 0, 'is three numbers, one a colour, above 0'),
@@ -837,10 +781,8 @@ def checked(key, value, defaults, where):
     be one."""
     if key not in defaults:
         raise InputError(f'{where}: unknown setting {key!r}{nearest(str(key), defaults)}')
-    kind, (fits, rule) = type(defaults[key]), RULES.get(key, ANY)
-    if kind is str and type(value) is int:
-        value = str(value)
-    if kind in (int, float) and type(value) in (int, str):  # YAML takes 1e-3 for a word, and 010 for 8
+    kind, (fits, rule) = type(defaults[key]), RULES.get(key, (lambda x: True, ''))
+    if kind in (int, float, str) and type(value) in (int, str):  # YAML takes 1e-3 for a word, and 010 for 8
         with suppress(ValueError, OverflowError):
             value = kind(value)
     if kind in (bool, list, dict) and type(value) is str:
@@ -863,48 +805,32 @@ def read_yaml(text, where):
 
 
 def read_configs():
-    """configs.yaml. Raises InputError if something in it is missing, of another type or out of its range."""
+    """configs.yaml. Raises InputError if it is not YAML, or a default is not what it has to be. What it says of a task,
+    model or method is checked when it is used."""
     try:
         configs = read_yaml((HERE / 'configs.yaml').read_text(encoding='utf-8'), 'configs.yaml')
-        defaults = configs['defaults']
         for name in RULES:
-            checked(name, defaults[name], defaults, 'configs.yaml: defaults')
-        for task, method in product(tasks_of(configs, [*configs['tasks'], *configs['groups']]), configs['methods']):
-            settings(configs, task, method)
-        for model in configs['models']:
-            settings(configs, defaults['task'], defaults['method'], model)
-        figures = [x for of_model in configs['paper'].values() for row in of_model.values() for x in row.values()]
-        if not all(type(x) in (int, float) and 0 <= x <= 100 for x in figures):
-            raise InputError('configs.yaml: paper: an accuracy goes from 0 to 100')
-    except (LookupError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError('configs.yaml: something in it is missing or misplaced '
-                         f'({type(error).__name__}: {error})') from None
+            checked(name, configs['defaults'][name], configs['defaults'], 'configs.yaml: defaults')
+    except (LookupError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise InputError(f'configs.yaml: a default is missing or wrong: {type(error).__name__}: {error}') from None
     return configs
 
 
 # ---- Command line ---------------------------------------------------------------------------------------
 
-PAPER = 'report', 'noise', 'sweep', 'loss', 'show', 'image'  # the options of tests/paper.py
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that leaves the last word to main."""
-
-    def error(self, message):
-        raise InputError(f'{message}; a setting is changed by --set NAME=VALUE, and --help lists the options')
-
 
 def arguments(argv):
-    """The command line, parsed, with the settings that it changes."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """The command line, parsed, with the settings that it changes; `paper` is the option of tests/paper.py in it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = refuse
     parser.add_argument('--task', help='an entry of tasks in configs.yaml, or several: A,B')
     parser.add_argument('--method', help='an entry of methods, or several: ivpt,vpt')
     parser.add_argument('--model', help='an entry of models, or a name such as vit_small_patch14_224, or several')
     parser.add_argument('--seed', help='a number, or several: 0,1,2')
     parser.add_argument('--weights', help='path or URL of a .pth, .pt, .bin, .tar, .safetensors or .npz; or random')
     parser.add_argument('--data', help='folder of the data sets')
-    parser.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', action='extend',
-                        help='any setting of configs.yaml')
+    parser.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', action='extend', help='any setting')
     what = parser.add_mutually_exclusive_group()
     what.add_argument('--search', action='store_true', help='search the grid on the validation images first')
     what.add_argument('--report', action='store_true', help='a table of what has been run, beside the paper')
@@ -912,54 +838,59 @@ def arguments(argv):
     what.add_argument('--sweep', metavar='NAME=VALUES', help='the run at each value of a setting, drawn: N=1,5,10,50')
     what.add_argument('--loss', action='store_true', help='draw the loss of runs by epoch')
     what.add_argument('--show', action='store_true', help='draw the attention of finished runs (Figure 7), or masks')
+    what.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend', help='the same, for photos')
     parser.add_argument('--run', metavar='DIR', help='with --show, --image or --noise: the folder of the run')
-    what.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend',
-                      help='classify these images by a finished run, and draw its attention')
     parser.add_argument('--again', action='store_true', help='make anew what is finished or was interrupted')
     args = parser.parse_args(argv)
-    args.paper = next((name for name in PAPER if getattr(args, name) not in (None, False, [])), '')
+    args.paper = next((name for name in ('report', 'noise', 'sweep', 'loss', 'show', 'image')
+                       if getattr(args, name) not in (None, False, [])), '')
     if args.run and args.paper not in ('show', 'image', 'noise'):
-        raise InputError(f'--run {args.run} is for --show, --image and --noise; a run to train is named by --task, '
-                         '--method, --model and --seed')
+        raise InputError(f'--run {args.run} is for --show, --image and --noise; to train, name --task and --method')
     if args.again and args.paper not in ('', 'sweep'):
         raise InputError('--again is for runs to train; this trains none')
-    given = [change.partition('=') for change in args.set]
-    given += [(name, '=', getattr(args, name)) for name in ('weights', 'data') if getattr(args, name) is not None]
-    for name, equals, value in given:
+    return args, changed(args)
+
+
+def changed(args):
+    """The settings that a command line changes, as texts by name."""
+    changes = {}
+    own = [f'{name}={getattr(args, name)}' for name in ('weights', 'data') if getattr(args, name) is not None]
+    for change in args.set + own:
+        name, equals, value = change.partition('=')
         if not equals:
             raise InputError(f'--set takes NAME=VALUE, not {name!r}')
         if name in ('task', 'method', 'model', 'seed'):
-            raise InputError(f'--set {name}={value}: write --{name} {value}')
-    changes = {name: os.path.expanduser(value) if name in ('data', 'runs', 'weights') else value
-               for name, _, value in given}
+            raise InputError(f'--set {change}: write --{name} {value}')
+        changes[name] = os.path.expanduser(value)
     if 'data' in changes and not os.path.isdir(changes['data']):
         raise InputError(f'{changes["data"]}: there is no such folder of data sets; make it to download them there')
-    return args, changes
+    return changes
+
+
+def refuse(message):
+    """What argparse does with an error of its own: one line, as all others."""
+    raise InputError(f'{message}; a setting is changed by --set NAME=VALUE, and --help lists the options')
 
 
 def main(argv=None):
     """Do what the command line asks for. Returns the exit status; what the user got wrong is one line."""
     try:
-        configs = read_configs()
-        return command(*arguments(argv), configs)
+        configs, (args, changes) = read_configs(), arguments(argv)
+        if args.paper:
+            return code_in(HERE / 'tests' / 'paper.py').main(args, changes, configs)
+        results, status = run_all(runs_of(args, changes, configs), args.again, args.search)
+        for result in results if len(results) > 1 else []:
+            spent = timedelta(seconds=round(result['seconds']))
+            say('{task:16} {model:32} {method:12} seed {seed}  '.format(**result)
+                + f'{100 * result["accuracy"]:6.2f}%  {result["trained_parameters"] / 1e6:.3f}M trained  {spent}'
+                + is_random(result['config']))
+        return status
     except (InputError, OSError, torch.OutOfMemoryError) as error:  # an OSError names its file
         complain(error)
         return 2
     except KeyboardInterrupt as stop:
         complain(str(stop) or 'stopped; what is finished is kept')
         return 130
-
-
-def command(args, changes, configs):
-    """Train, or make a table or a figure, by the command line's arguments and the settings that it changes."""
-    if args.paper:
-        return code_in(HERE / 'tests' / 'paper.py').main(args, changes, configs)
-    results, status = run_all(runs_of(args, changes, configs), args.again, args.search)
-    for result in results if len(results) > 1 else []:
-        say('{task:16} {model:32} {method:12} seed {seed}  '.format(**result) + f'{100 * result["accuracy"]:6.2f}%  '
-            f'{result["trained_parameters"] / 1e6:.3f}M trained  {clock(result["seconds"])}'
-            f'{is_random(result["config"])}')
-    return status
 
 
 def runs_of(args, changes, configs, points=({},)):

@@ -64,7 +64,7 @@ PARTS = [  # heading, exercises, questions
         Exercise('Eq. 11 to 13: DA re-weights by all', 'ivpt.py', ('reweight_cdc_da',), REWEIGHTING),
     ], [
         "How much attention do prompts get in each layer? It is what `ivpt.look(model, images)['w']` leaves of 1, less "
-        "what the class token keeps for itself. `train.open_run` gives the model:\n"
+        "what the class token keeps for itself. `open_run` in tests/paper.py gives the model:\n"
         'python train.py --method vpt,cdc',
         'Is α̃ near 1 after training? Take q and W_K from a layer of a trained CDC, and its P.',
         'The equations leave LayerNorm out. How far is w α̃, normalised over the prompts, from what that layer does?',

@@ -19,8 +19,9 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 
 import data
 import ivpt
-from train import (AGAIN, FREE, InputError, accuracy, columns, complain, differences, find_device, folder_of, is_random,
-                   named, open_run, published, read, read_result, run_all, runs_of, say, segment, tasks_of,
+import vit
+from train import (AGAIN, FREE, InputError, accuracy, complain, differences, find_device, folder_of, has_params,
+                   is_random, make_model, named, published, read, read_result, run_all, runs_of, say, segment, tasks_of,
                    write_result)
 
 
@@ -94,6 +95,11 @@ def collect(folder, tasks, models, methods, seeds):
         raise InputError(f'{folder}: no finished run of what is named; train it first, or name the folder with '
                          '--set runs=DIR')
     return results
+
+
+def columns(configs, names):
+    """Tasks, and after the tasks of a group the group, as the columns of a report: names may be of both."""
+    return [column for name in names for column in (*columns(configs, configs['groups'].get(name, ())), name)]
 
 
 def table(configs, results, shown, methods):
@@ -181,6 +187,32 @@ def proportions(text):
         if all(0 <= rate <= 1 for rate in rates):
             return rates
     raise InputError(f'--noise takes proportions from 0 to 1, as 0,0.1,0.2, not {text!r}')
+
+
+def open_run(folder, device, changes=None, code=()):
+    """The settings, the names of the classes and the model of a finished run. changes: where its data and weights are
+    by now, if elsewhere. code: the methods in files that may be run. Raises InputError if it was trained with other
+    data or weights."""
+    result = read_result(folder)
+    if not result:
+        raise InputError(f'{folder}: no finished run; train it first')
+    if not has_params(folder, result):
+        raise InputError(f'{folder}: params.pth is not what result.json was measured with; train it again')
+    stored = result['config']
+    config = SimpleNamespace(**stored | {name: (changes or {}).get(name, stored[name]) for name in ('data', 'weights')})
+    if '.py:' in config.tune and config.tune not in code:
+        raise InputError(f'{folder}: it was made by {config.tune}, which is code: name it with --method')
+    if config.tune == 'all':  # params.pth is the whole model
+        config.weights = 'random'
+    model = make_model(config, len(result['classes'])).to(device).eval()
+    if config.tune != 'all' and config.backbone != stored['backbone']:
+        raise InputError(f'{folder} was tuned on another backbone than {config.weights} holds: backbone '
+                         f'{stored["backbone"]} -> {config.backbone}; name its file with --weights')
+    if getattr(config, 'code', None) != stored.get('code'):
+        raise InputError(f'{folder}: {config.tune} is not the code any more that made it; --again trains anew')
+    config.weights, config.backbone = stored['weights'], stored['backbone']
+    model.load_state_dict(vit.read_state_dict(folder / 'params.pth'), strict=False)
+    return config, result['classes'], model
 
 
 def task_of(config, folder):

@@ -16,6 +16,7 @@ from pictures import CONFIGS, no_network, oxford, run, tiny  # noqa: F401
 
 import data
 import faults
+import paper
 import train
 
 CPU = torch.device('cpu')
@@ -420,5 +421,5 @@ def test_two_processes_on_the_same_run_leave_what_one_leaves(tmp_path, uninterru
     assert [faults.ended(pid) for pid in pids] == [0, 0]
     assert not list(tmp_path.rglob('*.part'))
     config = settings(tmp_path / 'runs')
-    train.open_run(train.folder_of(config), CPU)  # the result is of the parameters beside it
+    paper.open_run(train.folder_of(config), CPU)  # the result is of the parameters beside it
     assert same(outcome(config), uninterrupted('ivpt'))

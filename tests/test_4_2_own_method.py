@@ -10,6 +10,7 @@ from pictures import CONFIGS, NANO, no_network, run, tiny  # noqa: F401
 from test_4_2_table_1 import SETTINGS
 
 import data
+import paper
 import train
 
 README = (train.HERE / 'README.md').read_text(encoding='utf-8')
@@ -76,7 +77,7 @@ def test_what_it_trains_is_trained_saved_and_loaded_and_its_own_buffers_with_it(
     assert params['seen'] == 40  # the pictures that are trained on, without those of validation
     result = json.loads((folder / 'result.json').read_text())
     assert result['trained_parameters'] == 64 + 65 * 9
-    config, _, model = train.open_run(folder, torch.device('cpu'), code=[f'{file}:shift'])
+    config, _, model = paper.open_run(folder, torch.device('cpu'), code=[f'{file}:shift'])
     assert train.accuracy(model, data.load(config).test, config, torch.device('cpu')) == result['accuracy']
     for action in ['--report'], ['--noise', '0', '--method', f'{file}:shift'], ['--show', '--method', f'{file}:shift']:
         assert train.main([*action, '--set', f'runs={tmp_path / "runs"}']) == 0
@@ -186,6 +187,6 @@ def test_sct_and_spt_choose_by_the_training_pictures_alone_and_keep_it_in_the_ch
 def test_a_system_of_table_1_trains_is_saved_and_is_loaded(method, tmp_path):
     result = train.run(tiny('where_blue', method, runs=str(tmp_path), img_size=24, epochs=1))
     folder, = (path.parent for path in tmp_path.rglob('result.json'))
-    config, _, model = train.open_run(folder, torch.device('cpu'), code=[TABLE_1[method]['tune']])
+    config, _, model = paper.open_run(folder, torch.device('cpu'), code=[TABLE_1[method]['tune']])
     assert train.accuracy(model, data.load(config).test, config, torch.device('cpu')) == result['accuracy']
     assert 0 < result['trained_parameters'] < 100_000 and result['final_loss'] > 0

@@ -524,7 +524,7 @@ def test_show_draws_picture_truth_and_answer_side_by_side(runs):
     assert drawn.shape == (6 * side + 2, 3 * side + 2, 3)  # three test pictures of each run
     tile = lambda row, column: drawn[2 + row * side:(row + 1) * side, 2 + column * side:(column + 1) * side]
     assert (tile(0, 0) == tile(3, 0)).all() and (tile(0, 1) == tile(3, 1)).all() and (tile(0, 0) != tile(1, 0)).any()
-    config, classes, model = train.open_run(runs / 'shapes_masks' / NANO / 'linear' / 'seed0', CPU)
+    config, classes, model = paper.open_run(runs / 'shapes_masks' / NANO / 'linear' / 'seed0', CPU)
     image, mask = data.load(config).test[0]
     for column, labels in (1, mask), (2, train.segment(model, image, config, CPU)):
         expected = data.resize(paper.painted(image, labels, 4), [paper.TILE, paper.TILE]).permute(1, 2, 0).numpy()
@@ -542,7 +542,7 @@ def test_the_answer_is_painted_over_a_photo_in_its_own_size(runs, tmp_path, caps
 
 def test_a_finished_run_answers_as_when_it_was_scored(runs):
     folder = runs / 'shapes_masks' / NANO / 'linear' / 'seed0'
-    config, _, model = train.open_run(folder, CPU)
+    config, _, model = paper.open_run(folder, CPU)
     again, result = train.evaluate(model, data.load(config).test, config, CPU), train.read_result(folder)
     assert again.items() <= result.items() and {*again} == {'accuracy', 'pixel_accuracy'}
 

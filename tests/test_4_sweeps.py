@@ -34,7 +34,7 @@ def table(text):
 def test_a_group_stands_for_its_tasks_and_a_group_of_groups_for_all_of_theirs():
     configs = {'groups': {'a': ['x', 'y'], 'b': ['z'], 'all': ['a', 'b']}}
     assert train.tasks_of(configs, ['all', 'w', 'a']) == ['x', 'y', 'z', 'w', 'x', 'y']
-    assert train.columns(configs, ['all']) == ['x', 'y', 'a', 'z', 'b', 'all']
+    assert paper.columns(configs, ['all']) == ['x', 'y', 'a', 'z', 'b', 'all']
 
 
 def test_tasks_methods_and_seeds_are_multiplied_each_in_its_own_folder(tmp_path):
@@ -55,7 +55,7 @@ def scored(monkeypatch):
         def run(config, again=False):
             asked.append(config)
             if (accuracy := score(config)) is None:
-                raise train.Diverged('the loss is nan')
+                raise train.InputError('the loss is nan')
             return {'task': config.task, 'method': config.method, 'seed': config.seed, 'accuracy': accuracy,
                     'trained_parameters': 1, 'seconds': 1.0, 'model': config.model, 'config': vars(config)}
         monkeypatch.setattr(train, 'run', run)
