@@ -5,14 +5,12 @@
     python train.py --task pets --method vpt --set lr=0.5 epochs=20
     python train.py --task natural --method vpt,ivpt --seed 0,1,2 --search      a sweep: search, train, test
     python train.py --report --task natural         what has been run, beside the paper's tables
-    python train.py --sweep N=1,5,10,50             a run at each value, drawn (Figure 5)
-    python train.py --show --method vpt,ivpt        draw where their class tokens look
     python train.py --task pets --image cat.jpg     what a trained run takes a photo for
 
 All settings are in configs.yaml. Results go to runs/TASK/MODEL/METHOD/seedS/: log.jsonl (a line an epoch), params.pth
 (what was trained, without the backbone), result.json (with the settings), and the last two epochs' checkpoints.
-The same command again goes on where a run was interrupted, and does not repeat what is finished.
-The tables and figures are made in tests/paper.py.
+The same command again goes on where a run was interrupted, and does not repeat what is finished. The tables and figures
+are made in tests/paper.py.
 """
 
 import argparse
@@ -228,12 +226,9 @@ def find_device(name='auto'):
         raise InputError(f'device {name} cannot be used ({why}); --set device=cpu always can') from None
 
 
-WIDE_ENOUGH = 192  # channels from which bfloat16 takes half of float32's time on a CPU that has it (README)
-
-
 def number_format(config, device):
     """What a run computes in, and why. `auto` is bfloat16 where the device has instructions for it, on a CPU for models
-    of at least WIDE_ENOUGH channels; float16 on GPUs that have it and no bfloat16 (V100, T4, 2080 Ti); else float32."""
+    wide enough to gain (README); float16 on GPUs that have it and no bfloat16 (V100, T4, 2080 Ti); else float32."""
     if config.precision != 'auto':
         return config.precision, 'as asked for'
     if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -243,8 +238,8 @@ def number_format(config, device):
     has = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
     if has.get('avx512_bf16') or has.get('amx_bf16'):
         D = (vit.SWIN_SIZES if config.model.startswith('swin') else vit.SIZES)[vit.parse_name(config.model)[0]][0]
-        why = f'this CPU has bfloat16, which pays from D = {WIDE_ENOUGH} on; here D = {D}'
-        return ('bfloat16' if D >= WIDE_ENOUGH else 'float32'), why
+        why = f'this CPU has bfloat16, which pays from D = 192 on; here D = {D}'
+        return ('bfloat16' if D >= 192 else 'float32'), why
     return 'float32', 'this device has no other fast format'
 
 
@@ -658,19 +653,18 @@ def colours(x):
     return len(x) == 3 and all(type(c) in (int, float) and abs(c) < 1e6 for c in x)
 
 
-TUNES = ('prompts', 'bias', 'head', 'all')
-
 # What a setting has to be, beside of the type of its default: a test, and what it says in words.
 RULES = {
     'lr': between(1e-12, 1e6), 'weight_decay': between(0, 1e6), 'momentum': between(0, 1), 'warmup': between(0, 0.99),
     'epochs': between(1, 10 ** 6), 'batch': between(1, 10 ** 6),
-    'workers': (lambda x: x == 'auto' or x.isdecimal(), 'is auto, or a number'),
+    'workers': (re.compile(r'auto|\d+').fullmatch, 'is auto, or a number'),
     'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
     'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4),
     'look': one_of(*data.LOOKS), 'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
     'paper_backbone_params': between(0, 1e6),
-    'tune': (lambda x: x in TUNES or '.py:' in x, f'is one of {", ".join(TUNES)}, FILE.py:NAME'),
+    'tune': (re.compile(r'prompts|bias|head|all|.*\.py:.*').fullmatch,
+             'is one of prompts, bias, head, all, FILE.py:NAME'),
     'score_on': one_of('test', 'val'),
     'augment': one_of('crop_flip', 'none'), 'optimizer': one_of('SGD', 'AdamW'),
     'save_dtype': one_of('float32', 'float16'), 'structure': one_of(*ivpt.STRUCTURES),
@@ -762,15 +756,11 @@ def arguments(argv):
 
 def changed(args):
     """The settings that a command line changes, as texts by name."""
-    changes = {}
-    own = [f'{name}={getattr(args, name)}' for name in ('weights', 'data') if getattr(args, name) is not None]
-    for change in args.set + own:
-        name, equals, value = change.partition('=')
-        if not equals:
-            raise InputError(f'--set takes NAME=VALUE, not {name!r}')
-        if name in ('task', 'method', 'model', 'seed'):
-            raise InputError(f'--set {change}: write --{name} {value}')
-        changes[name] = os.path.expanduser(value)
+    given = [change.partition('=') for change in args.set]
+    given += [(name, '=', getattr(args, name)) for name in ('weights', 'data') if getattr(args, name) is not None]
+    changes = {name: os.path.expanduser(value) for name, _, value in given}
+    for name in changes.keys() & {'task', 'method', 'model', 'seed'}:
+        raise InputError(f'--set {name}={changes[name]}: write --{name} {changes[name]}')
     if 'data' in changes and not os.path.isdir(changes['data']):
         raise InputError(f'{changes["data"]}: there is no such folder of data sets; make it to download them there')
     return changes
