@@ -255,10 +255,9 @@ def count(model):
 
 
 def run(config, again=False):
-    """Train and test one method on one task with one seed, write the run's folder, return the result.
-
-    What an earlier process finished is not run again, and where it was interrupted it goes on. With `again` it is
-    made anew in a folder within its own, and takes the old one's place when it has ended."""
+    """Train and test one method on one task with one seed, write the run's folder, return the result. What is finished
+    is not run again, and what was interrupted goes on. With `again` it is made anew in a folder within its own, and
+    takes the old one's place when it has ended."""
     folder, device = folder_of(config), find_device(config.device)
     config.precision, why = number_format(config, device)
     task = data.load(config)
@@ -584,10 +583,9 @@ def search(config, store):
 
 
 def settings(configs, task, method=None, model=None, changes=None):
-    """The settings of each run of a task, a list with one for each method that is named.
-
-    configs: configs.yaml as read. method, model, changes: what the command line says instead of it; the
-    order is on top of that file. Raises InputError for a name that is not known, or a value that is wrong."""
+    """The settings of each run of a task, a list with one for each method that is named. method, model, changes: what
+    the command line says instead of configs.yaml, on top of which is the order. Raises InputError for a name that is
+    not known, or a value that is wrong."""
     defaults, changes, runs = configs['defaults'], changes or {}, []
     of_task = entry(configs, 'tasks', task)
     model = model or of_task.get('model', defaults['model'])
@@ -680,8 +678,7 @@ RULES = {
 
 
 def checked(key, value, defaults, where):
-    """A setting's value, or its text on the command line, in the type of its default. Raises InputError if it cannot
-    be one."""
+    """A setting's value, or its text on the command line, in the type of its default. Raises InputError."""
     if key not in defaults:
         raise InputError(f'{where}: unknown setting {key!r}{nearest(str(key), defaults)}')
     kind, (fits, rule) = type(defaults[key]), RULES.get(key, (lambda x: True, ''))
@@ -708,8 +705,7 @@ def read_yaml(text, where):
 
 
 def read_configs():
-    """configs.yaml. Raises InputError if it is not YAML, or a default is not what it has to be. What it says of a task,
-    model or method is checked when it is used."""
+    """configs.yaml, its defaults checked; the rest of it is checked when it is used."""
     try:
         configs = read_yaml((HERE / 'configs.yaml').read_text(encoding='utf-8'), 'configs.yaml')
         for name in RULES:
@@ -812,8 +808,8 @@ def complain(what):
     if parts()[0] > 0:
         return
     if isinstance(what, torch.OutOfMemoryError):
-        what = ('the GPU has too little memory: take smaller batches (--set batch=8), leave the pictures in their '
-                'files (--set cache_gb=0), or take a smaller model; --again starts a run over')
+        what = ('the GPU has too little memory: --set batch=8 takes smaller batches, --set cache_gb=0 leaves the '
+                'pictures in their files; --again starts a run over')
     line = ''.join(c if c.isprintable() else '?' for c in ' '.join(str(what).split()))
     print(f'train.py: {line}', file=sys.stderr, flush=True)
 
