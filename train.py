@@ -388,8 +388,7 @@ def digest(content):
 
 
 def write(path, content):
-    """Put bytes into a file that is there wholly or not at all, whatever happens on the way. Of processes that share a
-    run the first one alone writes."""
+    """Put bytes into a file, wholly or not at all. Of processes that share a run the first one alone writes."""
     if parts()[0] > 0:
         return
     part = path.with_name(f'{path.name}.{os.getpid()}.{time.monotonic_ns()}.part')  # of this process alone
@@ -559,8 +558,7 @@ def points(config):
 
 
 def search(config, store):
-    """The best point of a search, as settings. Ties go to the smaller learning rate. All scores are printed and written
-    to search.json. Raises InputError if no point has a score."""
+    """The best point of a search, as settings; of equals the smaller rate. Raises InputError if none has a score."""
     scores = [({name: getattr(point, name) for name in config.grid}, told(store, point).get('accuracy'))
               for point in points(config)]
     scores.sort(key=lambda row: (-1 if row[1] is None else row[1], -row[0].get('lr', 0)), reverse=True)
@@ -660,15 +658,12 @@ RULES = {
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
     'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4),
     'look': one_of(*data.LOOKS), 'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
-    'paper_backbone_params': between(0, 1e6),
     'tune': (re.compile(r'prompts|bias|head|all|.*\.py:.*').fullmatch,
              'is one of prompts, bias, head, all, FILE.py:NAME'),
-    'score_on': one_of('test', 'val'),
-    'augment': one_of('crop_flip', 'none'), 'optimizer': one_of('SGD', 'AdamW'),
+    'score_on': one_of('test', 'val'), 'augment': one_of('crop_flip', 'none'), 'optimizer': one_of('SGD', 'AdamW'),
     'save_dtype': one_of('float32', 'float16'), 'structure': one_of(*ivpt.STRUCTURES),
     'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'readout': one_of('cls', 'mean'), 'source': one_of(*data.SOURCES),
-    'torchvision': one_of('', *data.TORCHVISION),
-    'precision': one_of('auto', 'float32', 'bfloat16', 'float16'),
+    'torchvision': one_of('', *data.TORCHVISION), 'precision': one_of('auto', 'float32', 'bfloat16', 'float16'),
     **dict.fromkeys(('data', 'runs'), (bool, 'is the name of a folder')),
     'colours': (lambda x: 0 < len(x) == len(set(x) & set(data.COLOURS)), f'is some of {", ".join(data.COLOURS)}'),
     'mean': (colours, 'is three numbers, one a colour'),
@@ -789,8 +784,7 @@ def main(argv=None):
 
 
 def runs_of(args, changes, configs, points=({},)):
-    """The settings of all runs that a command line names, each task, model, seed and method with each other, and with
-    the settings of each point of a sweep."""
+    """The settings of all runs that a command line names, at each point of a sweep, which is a dict of settings."""
     defaults = configs['defaults']
     seeds = [checked('seed', seed, defaults, '--seed') for seed in named(args.seed) or [defaults['seed']]]
     tasks = tasks_of(configs, named(args.task) or [defaults['task']])
@@ -805,13 +799,12 @@ def named(text):
 
 def complain(what):
     """One line for the user."""
-    if parts()[0] > 0:
-        return
     if isinstance(what, torch.OutOfMemoryError):
         what = ('the GPU has too little memory: --set batch=8 takes smaller batches, --set cache_gb=0 leaves the '
                 'pictures in their files; --again starts a run over')
     line = ''.join(c if c.isprintable() else '?' for c in ' '.join(str(what).split()))
-    print(f'train.py: {line}', file=sys.stderr, flush=True)
+    if parts()[0] == 0:
+        print(f'train.py: {line}', file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':
