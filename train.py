@@ -5,14 +5,12 @@
     python train.py --task pets --method vpt --set lr=0.5 epochs=20
     python train.py --task natural --method vpt,ivpt --seed 0,1,2 --search      a sweep: search, train, test
     python train.py --report --task natural         what has been run, beside the paper's tables
-    python train.py --sweep N=1,5,10,50             a run at each value, drawn (Figure 5)
-    python train.py --show --method vpt,ivpt        draw where their class tokens look
     python train.py --task pets --image cat.jpg     what a trained run takes a photo for
 
 All settings are in configs.yaml. Results go to runs/TASK/MODEL/METHOD/seedS/: log.jsonl (a line an epoch), params.pth
 (what was trained, without the backbone), result.json (with the settings), and the last two epochs' checkpoints.
-The same command again goes on where a run was interrupted, and does not repeat what is finished.
-The tables and figures are made in tests/paper.py.
+The same command again goes on where a run was interrupted, and does not repeat what is finished. The tables and figures
+are made in tests/paper.py.
 """
 
 import argparse
@@ -305,12 +303,9 @@ def find_device(name='auto'):
         raise InputError(f'device {name} cannot be used ({why}); --set device=cpu always can') from None
 
 
-WIDE_ENOUGH = 192  # channels from which bfloat16 takes half of float32's time on a CPU that has it (README)
-
-
 def number_format(config, device):
     """What a run computes in, and why. `auto` is bfloat16 where the device has instructions for it, on a CPU for models
-    of at least WIDE_ENOUGH channels; float16 on GPUs that have it and no bfloat16 (V100, T4, 2080 Ti); else float32."""
+    wide enough to gain (README); float16 on GPUs that have it and no bfloat16 (V100, T4, 2080 Ti); else float32."""
     if config.precision != 'auto':
         return config.precision, 'as asked for'
     if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -320,8 +315,8 @@ def number_format(config, device):
     has = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
     if has.get('avx512_bf16') or has.get('amx_bf16'):
         D = (vit.SWIN_SIZES if config.model.startswith('swin') else vit.SIZES)[vit.parse_name(config.model)[0]][0]
-        why = f'this CPU has bfloat16, which pays from D = {WIDE_ENOUGH} on; here D = {D}'
-        return ('bfloat16' if D >= WIDE_ENOUGH else 'float32'), why
+        why = f'this CPU has bfloat16, which pays from D = 192 on; here D = {D}'
+        return ('bfloat16' if D >= 192 else 'float32'), why
     return 'float32', 'this device has no other fast format'
 
 
@@ -337,10 +332,9 @@ def count(model):
 
 
 def run(config, again=False):
-    """Train and test one method on one task with one seed, write the run's folder, return the result.
-
-    What an earlier process finished is not run again, and where it was interrupted it goes on. With `again` it is
-    made anew in a folder within its own, and takes the old one's place when it has ended."""
+    """Train and test one method on one task with one seed, write the run's folder, return the result. What is finished
+    is not run again, and what was interrupted goes on. With `again` it is made anew in a folder within its own, and
+    takes the old one's place when it has ended."""
     folder, device = folder_of(config), find_device(config.device)
     config.precision, why = number_format(config, device)
     task = data.load(config)
@@ -483,8 +477,7 @@ def digest(content):
 
 
 def write(path, content):
-    """Put bytes into a file that is there wholly or not at all, whatever happens on the way. Of processes that share a
-    run the first one alone writes."""
+    """Put bytes into a file, wholly or not at all. Of processes that share a run the first one alone writes."""
     if parts()[0] > 0:
         return
     part = path.with_name(f'{path.name}.{os.getpid()}.{time.monotonic_ns()}.part')  # of this process alone
@@ -654,8 +647,7 @@ def points(config):
 
 
 def search(config, store):
-    """The best point of a search, as settings. Ties go to the smaller learning rate. All scores are printed and written
-    to search.json. Raises InputError if no point has a score."""
+    """The best point of a search, as settings; of equals the smaller rate. Raises InputError if none has a score."""
     scores = [({name: getattr(point, name) for name in config.grid}, told(store, point).get('accuracy'))
               for point in points(config)]
     scores.sort(key=lambda row: (-1 if row[1] is None else row[1], -row[0].get('lr', 0)), reverse=True)
@@ -678,10 +670,9 @@ def search(config, store):
 
 
 def settings(configs, task, method=None, model=None, changes=None):
-    """The settings of each run of a task, a list with one for each method that is named.
-
-    configs: configs.yaml as read. method, model, changes: what the command line says instead of it; the
-    order is on top of that file. Raises InputError for a name that is not known, or a value that is wrong."""
+    """The settings of each run of a task, a list with one for each method that is named. method, model, changes: what
+    the command line says instead of configs.yaml, on top of which is the order. Raises InputError for a name that is
+    not known, or a value that is wrong."""
     defaults, changes, runs = configs['defaults'], changes or {}, []
     of_task = entry(configs, 'tasks', task)
     model = model or of_task.get('model', defaults['model'])
@@ -747,27 +738,23 @@ def colours(x):
     return len(x) == 3 and all(type(c) in (int, float) and abs(c) < 1e6 for c in x)
 
 
-TUNES = ('prompts', 'bias', 'head', 'all')
-
 # What a setting has to be, beside of the type of its default: a test, and what it says in words.
 RULES = {
     'lr': between(1e-12, 1e6), 'weight_decay': between(0, 1e6), 'momentum': between(0, 1), 'warmup': between(0, 0.99),
     'epochs': between(1, 10 ** 6), 'batch': between(1, 10 ** 6),
-    'workers': (lambda x: x == 'auto' or x.isdecimal(), 'is auto, or a number'),
+    'workers': (re.compile(r'auto|\d+').fullmatch, 'is auto, or a number'),
     'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
     'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4),
     'look': one_of(*data.LOOKS), 'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
-    'paper_backbone_params': between(0, 1e6),
-    'tune': (lambda x: x in TUNES or '.py:' in x, f'is one of {", ".join(TUNES)}, FILE.py:NAME'),
-    'score_on': one_of('test', 'val'),
-    'augment': one_of('crop_flip', 'scale_crop', 'none'), 'schedule': one_of('cosine', 'poly'),
+    'tune': (re.compile(r'prompts|bias|head|all|.*\.py:.*').fullmatch,
+             'is one of prompts, bias, head, all, FILE.py:NAME'),
+    'score_on': one_of('test', 'val'), 'augment': one_of('crop_flip', 'scale_crop', 'none'),
     'scales': (lambda x: all(type(scale) in (int, float) and 0 < scale <= 4 for scale in x), 'has numbers from 0 to 4'),
-    'optimizer': one_of('SGD', 'AdamW'),
+    'optimizer': one_of('SGD', 'AdamW'), 'schedule': one_of('cosine', 'poly'),
     'save_dtype': one_of('float32', 'float16'), 'structure': one_of(*ivpt.STRUCTURES),
     'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'readout': one_of('cls', 'mean'), 'source': one_of(*data.SOURCES),
-    'torchvision': one_of('', *data.TORCHVISION),
-    'precision': one_of('auto', 'float32', 'bfloat16', 'float16'),
+    'torchvision': one_of('', *data.TORCHVISION), 'precision': one_of('auto', 'float32', 'bfloat16', 'float16'),
     **dict.fromkeys(('data', 'runs'), (bool, 'is the name of a folder')),
     'colours': (lambda x: 0 < len(x) == len(set(x) & set(data.COLOURS)), f'is some of {", ".join(data.COLOURS)}'),
     'mean': (colours, 'is three numbers, one a colour'),
@@ -777,8 +764,7 @@ RULES = {
 
 
 def checked(key, value, defaults, where):
-    """A setting's value, or its text on the command line, in the type of its default. Raises InputError if it cannot
-    be one."""
+    """A setting's value, or its text on the command line, in the type of its default. Raises InputError."""
     if key not in defaults:
         raise InputError(f'{where}: unknown setting {key!r}{nearest(str(key), defaults)}')
     kind, (fits, rule) = type(defaults[key]), RULES.get(key, (lambda x: True, ''))
@@ -805,8 +791,7 @@ def read_yaml(text, where):
 
 
 def read_configs():
-    """configs.yaml. Raises InputError if it is not YAML, or a default is not what it has to be. What it says of a task,
-    model or method is checked when it is used."""
+    """configs.yaml, its defaults checked; the rest of it is checked when it is used."""
     try:
         configs = read_yaml((HERE / 'configs.yaml').read_text(encoding='utf-8'), 'configs.yaml')
         for name in RULES:
@@ -853,15 +838,11 @@ def arguments(argv):
 
 def changed(args):
     """The settings that a command line changes, as texts by name."""
-    changes = {}
-    own = [f'{name}={getattr(args, name)}' for name in ('weights', 'data') if getattr(args, name) is not None]
-    for change in args.set + own:
-        name, equals, value = change.partition('=')
-        if not equals:
-            raise InputError(f'--set takes NAME=VALUE, not {name!r}')
-        if name in ('task', 'method', 'model', 'seed'):
-            raise InputError(f'--set {change}: write --{name} {value}')
-        changes[name] = os.path.expanduser(value)
+    given = [change.partition('=') for change in args.set]
+    given += [(name, '=', getattr(args, name)) for name in ('weights', 'data') if getattr(args, name) is not None]
+    changes = {name: os.path.expanduser(value) for name, _, value in given}
+    for name in changes.keys() & {'task', 'method', 'model', 'seed'}:
+        raise InputError(f'--set {name}={changes[name]}: write --{name} {changes[name]}')
     if 'data' in changes and not os.path.isdir(changes['data']):
         raise InputError(f'{changes["data"]}: there is no such folder of data sets; make it to download them there')
     return changes
@@ -894,8 +875,7 @@ def main(argv=None):
 
 
 def runs_of(args, changes, configs, points=({},)):
-    """The settings of all runs that a command line names, each task, model, seed and method with each other, and with
-    the settings of each point of a sweep."""
+    """The settings of all runs that a command line names, at each point of a sweep, which is a dict of settings."""
     defaults = configs['defaults']
     seeds = [checked('seed', seed, defaults, '--seed') for seed in named(args.seed) or [defaults['seed']]]
     tasks = tasks_of(configs, named(args.task) or [defaults['task']])
@@ -910,13 +890,12 @@ def named(text):
 
 def complain(what):
     """One line for the user."""
-    if parts()[0] > 0:
-        return
     if isinstance(what, torch.OutOfMemoryError):
-        what = ('the GPU has too little memory: take smaller batches (--set batch=8), leave the pictures in their '
-                'files (--set cache_gb=0), or take a smaller model; --again starts a run over')
+        what = ('the GPU has too little memory: --set batch=8 takes smaller batches, --set cache_gb=0 leaves the '
+                'pictures in their files; --again starts a run over')
     line = ''.join(c if c.isprintable() else '?' for c in ' '.join(str(what).split()))
-    print(f'train.py: {line}', file=sys.stderr, flush=True)
+    if parts()[0] == 0:
+        print(f'train.py: {line}', file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':

@@ -496,7 +496,7 @@ MUTANTS = [
     ('a file may return anything', 'train.py', 'if not isinstance(model, torch.nn.Module)', 'if False', 'test_4_2_own_method'),
     ('every method has the settings of one', 'train.py', "if ':' in own.get('tune', '') else defaults", "if True else defaults", 'test_4_2_own_method'),
     # number formats, devices, processes
-    ('the nano ViT in bfloat16 too', 'train.py', "if D >= WIDE_ENOUGH else 'float32'", "if True else 'float32'", PROCESSES),
+    ('the nano ViT in bfloat16 too', 'train.py', "if D >= 192 else 'float32'", "if True else 'float32'", PROCESSES),
     ('emulated bfloat16 counts', 'train.py', 'including_emulation=False', 'including_emulation=True', PROCESSES),
     ('a T4 in float32', 'train.py', '((7, 0), (7, 5))', '((7, 0),)', PROCESSES),
     ('the scaler is not kept', 'train.py', "scaler.load_state_dict(newest['scaler'])", 'pass', PROCESSES),

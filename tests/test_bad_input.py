@@ -60,7 +60,7 @@ def pets(tmp_path, refusal):
     (['--seed', '-1'], 'seed goes from 0'),
     (['--epochs', '3'], '--epochs'),
     (['--set'], '--set'),
-    (['--set', 'lr'], "--set takes NAME=VALUE, not 'lr'"),
+    (['--set', 'lr'], "--set: lr is a float, as 0.25, not ''"),
     (['--set', 'mean=[1'], '--set mean: not YAML'),
     (['--set', 'grid=!!python/object/apply:os.getcwd []'], '--set grid: not YAML'),
     (['pets'], 'pets'),
