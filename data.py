@@ -6,12 +6,13 @@ a pair (where a picture lies, class id or where its mask lies).
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,11 +40,51 @@ class Task(NamedTuple):
 
 
 def load(config):
-    """The task that the settings name. Raises InputError, with what to put where, if pictures are missing or wrong."""
+    """The task that the settings name: a name in SOURCES, or FILE.py:NAME, a function from the settings to a Task.
+    Raises InputError, with what to put where, if pictures are missing or wrong."""
     augments = MASKED.get(config.source, ('crop_flip', 'none'))
     if config.augment not in augments:
         raise InputError(f'augment={config.augment}: for {config.task} it is {" or ".join(augments)}')
-    return SOURCES[config.source](config)
+    return SOURCES[config.source](config) if config.source in SOURCES else from_file(config.source, check_task, config)
+
+
+def from_file(where, check, *arguments):
+    """What the function that FILE.py:NAME names makes of the arguments, if check(it, *arguments) raises nothing. The
+    file is code, and is run. Raises InputError for all that the function or the check raises."""
+    try:
+        made = getattr(code_in(find(where)), where.rpartition(':')[2])(*arguments)
+        check(made, *arguments)
+    except Exception as error:
+        said = str(error) if isinstance(error, InputError) else f'{where}: {type(error).__name__}: {error}'
+        raise InputError(said) from None
+    return made
+
+
+def find(where):
+    """The path of the file in FILE.py:NAME: as it is given, or else beside this file."""
+    path = Path(where.rpartition(':')[0])
+    return path if path.exists() else Path(__file__).resolve().parent / path
+
+
+def code_in(path):
+    """The module that a file is: the file is run."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_task(task, config):
+    """Raise TypeError or ValueError if a task of a user's own is not what the rest of this file takes."""
+    if not (isinstance(task, Task) and all(isinstance(pictures, (list, Files)) for pictures in task[:3])):
+        raise TypeError(f'returned a {type(task).__name__}, and not a data.Task of lists or data.Files')
+    S, n = config.img_size, len(task.classes)
+    for pictures in task[:3]:
+        for image, label in getattr(pictures, 'samples', pictures):
+            if isinstance(pictures, list) and ((image.dtype, len(image)) != (torch.uint8, 3) or min(image.shape[1:]) < S):
+                raise ValueError(f'an image is {image.dtype} {[*image.shape]}, not uint8 [3, H, W] from {S} pixels on')
+            if config.source not in MASKED and not (type(label) is int and 0 <= label < n):
+                raise ValueError(f'a label is {label!r}, and not a class, an int from 0 to {n - 1}')
 
 
 def digest(task, config):
@@ -238,8 +279,7 @@ def compared(parts, classes, note, config):
     return Task(*(Files(samples, resized(config)) for samples in parts), classes, notes)
 
 
-# torchvision's data sets. Class: its folder in the data folder, where its files are from, what selects its
-# training split and, if it has one, its test split.
+# torchvision's classes: folder in the data folder, where the files are from, what selects training and test split.
 TRAIN, TEST = {'split': 'train'}, {'split': 'test'}
 TORCHVISION = {
     'CIFAR100': ('', 'https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz', {'train': True}, {'train': False}),
@@ -253,8 +293,7 @@ TORCHVISION = {
     'PCAM': ('pcam', 'https://github.com/basveeling/pcam', TRAIN, TEST),
     'EuroSAT': ('eurosat', 'https://huggingface.co/datasets/torchgeo/eurosat', {}),
     'CLEVRClassification': ('clevr', 'https://dl.fbaipublicfiles.com/clevr/CLEVR_v1.0.zip', TRAIN,
-                            {'split': 'val'}),  # VTAB-1k's test: the classes of CLEVR's own are not public
-}
+                            {'split': 'val'})}  # VTAB-1k's test: the classes of CLEVR's own are not public
 
 
 def drawn(config, root):
@@ -356,141 +395,9 @@ def read_folder(path, notes, classes=None):
     return [(file, classes.index(names[label])) for file, label in samples], classes
 
 
-# ---- Pictures of shapes: a world that needs no download -------------------------------------------------
-# Shapes of different colours, one of each, lie in different cells of a 3 x 3 grid. For pre-training a frame
-# asks a question of one of four kinds. Downstream pictures have no frame: the question has to be learned.
-
-COLOURS = {'red': (220, 50, 50), 'green': (50, 180, 70), 'blue': (60, 90, 230), 'yellow': (230, 200, 50),
-           'purple': (160, 70, 200), 'cyan': (60, 200, 210)}  # pre-training knows the first four
-CELLS = [f'{row} {column}' for row in ('top', 'middle', 'bottom') for column in ('left', 'centre', 'right')]
-SHAPES = ['disc', 'ring', 'cross']
-LOOKS = ('plain', 'waves')  # of the background; pre-training knows the first
-
-
-class Scene(NamedTuple):
-    """What n pictures show, arrays [n, n_shapes]: an entry for each picture and colour. Lengths are in 48ths of it."""
-
-    cell: np.ndarray  # the number of the shape's cell, all different
-    row: np.ndarray  # its centre
-    column: np.ndarray
-    radius: np.ndarray  # 3.8 to 4.6 is small, 5.7 to 6.5 large
-    shape: np.ndarray  # its number in SHAPES
-    there: np.ndarray  # whether it is in the picture
-
-
-QUESTIONS = {  # the answer's number in pictures i [n] of a scene s, for the colour (or cell) c [n]
-    'where': lambda s, i, c: s.cell[i, c],
-    'size': lambda s, i, c: (s.radius[i, c] > 5).astype(int),
-    'shape': lambda s, i, c: s.shape[i, c],
-    'colour': lambda s, i, c: np.column_stack([s.cell == c[:, None], np.ones_like(i)]).argmax(axis=1),  # or nothing
-    'side': lambda s, i, c: 1 + np.sign(s.cell[i, c] % 3 - s.cell[i, 0] % 3),  # of the first colour's shape
-    'count': lambda s, i, c: s.there.sum(axis=1) - 1}
-ASKED = tuple(QUESTIONS)[:4]  # by a frame, in pre-training
-
-
-def names_of(question, colours):
-    """The answers to a question about pictures with shapes of these colours, in words."""
-    if question == 'frame':
-        return [name for asked in ASKED for name in names_of(asked, colours)]
-    return {'where': CELLS, 'size': ['small', 'large'], 'shape': SHAPES, 'colour': [*colours, 'nothing'],
-            'side': ['left', 'above or below', 'right'], 'count': [str(n + 1) for n in range(len(colours))]}[question]
-
-
-def shapes(config):
-    """Pictures of shapes with the question `ask`: QUESTION_COLOUR, colour (in the centre), count, or frame."""
-    question = config.ask.partition('_')[0]
-    pairs = [*product(['where', 'size', 'shape'], config.colours), *product(['side'], config.colours[1:])]
-    known = ['frame', 'colour', 'count', *map('_'.join, pairs)]
-    if config.ask not in known:
-        raise InputError(f'ask={config.ask}: with the colours {", ".join(config.colours)} one of {", ".join(known)}')
-    how = config.ask, config.colours, config.look, config.grain, config.img_size
-    sets = [draw_shapes(n, *how, seed=(seed, question == 'frame'))
-            for seed, n in enumerate((config.n_train, config.n_val, config.n_test))]
-    sets = [list(zip(torch.from_numpy(images), labels.tolist())) for images, labels in sets]
-    return Task(*sets, names_of(question, config.colours), [f'pictures of shapes, drawn; the question: {config.ask}'])
-
-
-def draw_shapes(n, ask, colours=tuple(COLOURS)[:4], look='plain', grain=8, size=48, seed=0):
-    """n pictures, uint8 [n, 3, size, size], and the answers to the question, int [n]. grain: standard deviation of the
-    noise of each pixel, in grey levels of 256."""
-    rng, i = np.random.default_rng(seed), np.arange(n)
-    scene = arrange(n, len(colours), rng, ask == 'count')
-    question, _, colour = ask.partition('_')
-    if question == 'frame':
-        q, c = rng.integers(len(ASKED), size=n), rng.integers(len(colours), size=n)
-        cell = np.where(rng.random(n) < 0.6, scene.cell[i, c], rng.integers(9, size=n))  # often one that is not empty
-        answers = [QUESTIONS[name](scene, i, cell if name == 'colour' else c) for name in ASKED]
-        first = np.cumsum([0, *(len(names_of(name, colours)) for name in ASKED)])  # label of each question
-        labels = first[q] + np.stack(answers)[q, i]
-    else:
-        c = np.full(n, list(colours).index(colour) if colour else CELLS.index('middle centre'))
-        labels = QUESTIONS[question](scene, i, c)
-    rgb = np.array([COLOURS[name] for name in colours], dtype=np.float32)
-    background = rng.uniform(60, 200, (n, 1, 1, 1)).astype(np.float32)
-    images = np.empty((n, 3, size, size), dtype=np.uint8)
-    for part in np.array_split(i, max(1, n * size ** 2 // 2 ** 20)):
-        canvas = background[part]
-        if look == 'waves':
-            canvas = canvas + waves(len(part), size, rng)
-        shown = Scene(*(x[part] for x in scene))
-        for k, colour in enumerate(rgb):
-            canvas = canvas + cover(shown, k, size) * (colour[:, None, None] - canvas)
-        if question == 'frame':
-            canvas = framed(canvas, q[part], rgb[c[part]], cell[part])
-        images[part] = (canvas + grain * rng.standard_normal(canvas.shape, dtype=np.float32)).clip(0, 255)
-    return images, labels
-
-
-def arrange(n, n_shapes, rng, some_missing=False):
-    """The scene of n pictures at random: n_shapes in each, or at least one if some are missing."""
-    cell = rng.permuted(np.tile(np.arange(9), (n, 1)), axis=1)[:, :n_shapes]
-    centre = 3 + 14 * (np.stack([cell // 3, cell % 3]) + 0.5 + rng.uniform(-0.07, 0.07, (2, *cell.shape)))
-    radius = rng.uniform(3.8, 4.6, cell.shape) + 1.9 * rng.integers(2, size=cell.shape)
-    shape = rng.integers(len(SHAPES), size=cell.shape)
-    n_there = rng.integers(1, n_shapes + 1, size=(n, 1)) if some_missing else n_shapes
-    there = rng.permuted(np.tile(np.arange(n_shapes), (n, 1)), axis=1) < n_there
-    return Scene(cell, *centre.astype(np.float32), radius.astype(np.float32), shape, there)
-
-
-def cover(scene, c, size):
-    """How far the shape of colour c covers each pixel of n pictures, 0 to 1: float [n, 1, size, size]."""
-    pixel = (np.arange(size, dtype=np.float32) + 0.5) * 48 / size
-    row, column, radius, shape, there = (x[:, c, None, None] for x in scene[1:])
-    dy, dx = np.abs(pixel[:, None] - row), np.abs(pixel - column)  # [n, size, 1] and [n, 1, size]
-    distance = np.hypot(dy, dx)
-    inside = radius - distance  # how far inside of the edge of a disc
-    inside = np.where(shape == 1, np.minimum(inside, distance - 0.5 * radius), inside)
-    inside = np.where(shape == 2, np.minimum(inside, 0.38 * radius - np.minimum(dy, dx)), inside)
-    return np.where(there, (inside * size / 48 + 0.5).clip(0, 1), 0)[:, None]
-
-
-def waves(n, size, rng):
-    """Grey backgrounds of waves in two directions: float [n, 1, size, size], around 0."""
-    pixel = np.arange(size) * 48 / size
-    down, across = np.sin(rng.uniform(0.3, 1.2, (2, n, 1)) * pixel + rng.uniform(0, 2 * np.pi, (2, n, 1)))
-    return (45 * down[:, None, :, None] * across[:, None, None, :]).astype(np.float32)
-
-
-def framed(canvas, q, colour, cell):
-    """A canvas [n, 3, size, size] with the frames that ask, q [n] of ASKED. In a colour [n, 3]: all around, where it
-    is; at the top and on the left, its size; at the bottom and on the right, its shape. White, with black beside the
-    row and the column of a cell [n]: the colour in that cell."""
-    size = canvas.shape[-1]
-    place = (np.arange(size) * 48 // size - 3) // 14  # of a cell in its row or column
-    edge = np.arange(size) < size * 3 // 48
-    start = edge[:, None] | edge  # the top and the left
-    end = start[::-1, ::-1]
-    sides = np.stack([start | end, start, end, start | end])[q][:, None]  # [n, 1, size, size]
-    row, column = (cell // 3)[:, None, None], (cell % 3)[:, None, None]
-    black = (place[:, None] == row) | (place == column)
-    marks = np.where(black, 0, 255)[:, None]
-    painted = np.where((q == 3)[:, None, None, None], marks, colour[:, :, None, None])
-    return np.where(sides, painted, canvas).astype(np.float32)
-
-
 # ---- Masks (4.4) ----------------------------------------------------------------------------------------
 
-MASKED = {'ade20k': ('scale_crop',), 'shapes_masks': ('none', 'scale_crop')}  # sources, and how they are augmented
+MASKED = {'ade20k': ('scale_crop',), 'tests/shapes.py:shapes_masks': ('none', 'scale_crop')}  # and how to augment
 ADE20K_CLASSES = 150
 
 
@@ -578,23 +485,7 @@ def distort(image, rng):
     return 255 * x
 
 
-def shapes_masks(config):
-    """Which pixels are the shape of the colour in `ask`, as shape_blue, and which shape is it? Class 0: all others."""
-    colours = {f'shape_{name}': c for c, name in enumerate(config.colours)}
-    if config.ask not in colours:
-        raise InputError(f'ask={config.ask}: with masks one of {", ".join(colours)}')
-    sets = []
-    for seed, n in enumerate((config.n_train, config.n_val, config.n_test)):
-        images, shape = draw_shapes(n, config.ask, config.colours, config.look, config.grain, config.img_size, seed)
-        scene = arrange(n, len(config.colours), np.random.default_rng(seed))  # the same, from the same seed
-        covered = cover(scene, colours[config.ask], config.img_size)[:, 0] > 0.5
-        masks = (covered * (1 + shape[:, None, None])).astype(np.uint8)
-        sets.append(list(zip(torch.from_numpy(images), torch.from_numpy(masks))))
-    return Task(*sets, ['other', *SHAPES], [f'pictures of shapes, drawn, with masks; the question: {config.ask}'])
-
-
-SOURCES = {'vtab': vtab, 'fgvc': fgvc, 'folder': folders, 'shapes': shapes, 'ade20k': ade20k,
-           'shapes_masks': shapes_masks}
+SOURCES = {'vtab': vtab, 'fgvc': fgvc, 'folder': folders, 'ade20k': ade20k}
 
 # ---- Batches --------------------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ are made in tests/paper.py.
 import argparse
 import difflib
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -43,6 +42,7 @@ from torchvision.transforms.functional import resize
 import data
 import ivpt
 import vit
+from data import code_in
 from vit import InputError
 
 HERE = Path(__file__).resolve().parent
@@ -271,24 +271,15 @@ def from_file(where, backbone, classes, config):
     """What the function that FILE.py:NAME names makes of the frozen backbone: a module from images [B, 3, H, W] to
     logits [B, C]. All that requires a gradient in it is trained. If it has a method `prepare`, that gets (images,
     labels) of the training pictures, batch by batch, before training starts. The file is code, and is run."""
-    file, _, name = where.rpartition(':')
-    path = Path(file) if Path(file).exists() else HERE / file
-    try:
-        config.code = digest(path.read_bytes())[:12]  # a run belongs to it as to its backbone
-        model = getattr(code_in(path), name)(backbone, classes, config)
-    except Exception as error:
-        raise InputError(f'{where}: {type(error).__name__}: {error}') from None
-    if not isinstance(model, torch.nn.Module):
-        raise InputError(f'{where} returned a {type(model).__name__}, and not a module from images to logits')
+    model = data.from_file(where, check_module, backbone, classes, config)
+    config.code = digest(data.find(where).read_bytes())[:12]  # a run belongs to it as to its backbone
     return model
 
 
-def code_in(path):
-    """The module that a file is: the file is run."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def check_module(model, *arguments):
+    """Raise TypeError for what is no module."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f'returned a {type(model).__name__}, and not a module from images to logits')
 
 
 def find_device(name='auto'):
@@ -746,17 +737,17 @@ RULES = {
     'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
     'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4),
-    'look': one_of(*data.LOOKS), 'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
+    'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
     'tune': (re.compile(r'prompts|bias|head|all|.*\.py:.*').fullmatch,
              'is one of prompts, bias, head, all, FILE.py:NAME'),
     'score_on': one_of('test', 'val'), 'augment': one_of('crop_flip', 'scale_crop', 'none'),
     'scales': (lambda x: all(type(scale) in (int, float) and 0 < scale <= 4 for scale in x), 'has numbers from 0 to 4'),
     'optimizer': one_of('SGD', 'AdamW'), 'schedule': one_of('cosine', 'poly'),
     'save_dtype': one_of('float32', 'float16'), 'structure': one_of(*ivpt.STRUCTURES),
-    'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'readout': one_of('cls', 'mean'), 'source': one_of(*data.SOURCES),
+    'reinforcement': one_of(*ivpt.REINFORCEMENTS), 'readout': one_of('cls', 'mean'),
     'torchvision': one_of('', *data.TORCHVISION), 'precision': one_of('auto', 'float32', 'bfloat16', 'float16'),
     **dict.fromkeys(('data', 'runs'), (bool, 'is the name of a folder')),
-    'colours': (lambda x: 0 < len(x) == len(set(x) & set(data.COLOURS)), f'is some of {", ".join(data.COLOURS)}'),
+    'source': (lambda x: x in data.SOURCES or '.py:' in x, f'is one of {", ".join(data.SOURCES)}, FILE.py:NAME'),
     'mean': (colours, 'is three numbers, one a colour'),
     'std': (lambda x: colours(x) and min(x) > 0, 'is three numbers, one a colour, above 0'),
     'grid': (lambda x: x and all(type(values) is list and values for values in x.values()),

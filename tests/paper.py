@@ -40,7 +40,9 @@ def main(args, changes, configs):
         draw_loss(runs, Path(os.path.commonpath(folders)) / 'loss.png')
         return 0
     device = find_device(runs[0].device)
-    code = {method['tune'] for method in configs['methods'].values() if 'tune' in method} | {*named(args.method)}
+    entries = [configs['defaults'], *configs['methods'].values(), *configs['tasks'].values()]
+    code = {*named(args.method), *changes.values()}  # what the user names, here or in configs.yaml
+    code |= {entry[key] for entry in entries for key in ('tune', 'source') if key in entry}
     if args.noise is not None:
         return with_noise(folders, proportions(args.noise), device, changes, code)
     sources = {result['config'].get('source') for folder in folders if (result := read_result(folder))}
@@ -166,7 +168,7 @@ def with_noise(runs, rates, device, changes, code):
             config, classes, model = open_run(folder, device, changes, code)
             if config.source in data.MASKED:
                 raise InputError(f'{folder}: Figure 4 is about classes of pictures, and this is segmentation')
-            task, result = task_of(config, folder), read_result(folder)
+            task, result = task_of(config, folder, code), read_result(folder)
             scores = {f'{rate:g}': accuracy(model, task.test, config, device, rate) for rate in rates}
             write_result(folder, result | {'noise': result.get('noise', {}) | scores})
             for rate, score in zip(rates, scores.values()):
@@ -200,8 +202,8 @@ def open_run(folder, device, changes=None, code=()):
         raise InputError(f'{folder}: params.pth is not what result.json was measured with; train it again')
     stored = result['config']
     config = SimpleNamespace(**stored | {name: (changes or {}).get(name, stored[name]) for name in ('data', 'weights')})
-    if '.py:' in config.tune and config.tune not in code:
-        raise InputError(f'{folder}: it was made by {config.tune}, which is code: name it with --method')
+    if ':' in config.tune:
+        check_code(config.tune, code, folder)
     if config.tune == 'all':  # params.pth is the whole model
         config.weights = 'random'
     model = make_model(config, len(result['classes'])).to(device).eval()
@@ -215,8 +217,15 @@ def open_run(folder, device, changes=None, code=()):
     return config, result['classes'], model
 
 
-def task_of(config, folder):
-    """The task of a finished run. Raises InputError if its pictures are others by now."""
+def check_code(where, code, folder):
+    """Raise InputError for a function in a file that a result names, and the user does not: it is not run."""
+    if where not in code:
+        raise InputError(f'{folder}: it was made by {where}, which is code: name it with --method, or --set source=')
+
+
+def task_of(config, folder, code):
+    """The task of a finished run; code: as for `open_run`. Raises InputError if its pictures are others by now."""
+    check_code(config.source, {*code, *data.SOURCES}, folder)
     task = data.load(config)
     now = data.digest(task, config)
     if changed := differences({name: getattr(config, name, None) for name in now}, now):
@@ -275,7 +284,7 @@ def show(folders, files, path, device, changes, code):
             raise InputError(f'{folder}: {config.method} has no `vit` whose layers could be looked at')
         pictures = [(data.read_image(file, data.resized(config)), -1) for file in files]
         if not files:
-            test = task_of(config, folder).test
+            test = task_of(config, folder, code).test
             pictures = [test[i] for i in range(min(4, len(test)))]
         for i, (image, label) in enumerate(pictures):
             image = next(data.batches([(image, label)], config, device))[0]
@@ -346,7 +355,7 @@ def show_masks(folders, files, path, device, changes, code):
             answer = segment(model, image, config, device)
             to_pil_image(painted(image, answer, len(classes))).save(place)
             say(f'{place}: ' + ', '.join(f'{classes[c]} {(answer == c).float().mean():.1%}' for c in answer.unique()))
-        test = [] if files else task_of(config, folder).test
+        test = [] if files else task_of(config, folder, code).test
         for image, mask in (test[i] for i in range(min(4, len(test)))):
             answers = [painted(image, x, len(classes)) for x in (mask, segment(model, image, config, device))]
             drawn += [resize(x, [TILE, TILE]) for x in (image, *answers)]

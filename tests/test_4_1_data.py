@@ -22,6 +22,7 @@ from pictures import CONFIGS, no_network, oxford, save_picture, tiny, vtab  # no
 from torchvision import transforms
 
 import data
+import shapes
 import train
 from vit import InputError
 
@@ -505,13 +506,13 @@ def test_without_augmentation_a_training_picture_is_the_picture():
 
 # ---- Pictures of shapes ---------------------------------------------------------------------------------
 
-FOUR = list(data.COLOURS)[:4]
+FOUR = list(shapes.COLOURS)[:4]
 PLACES = [(slice(3 + 14 * (c // 3), 17 + 14 * (c // 3)), slice(3 + 14 * (c % 3), 17 + 14 * (c % 3))) for c in range(9)]
 
 
 def of_colour(images, colour):
     """Which pixels have just this colour: [n, 48, 48]."""
-    return (np.abs(images.astype(int) - np.array(data.COLOURS[colour])[:, None, None]) <= 1).all(1)
+    return (np.abs(images.astype(int) - np.array(shapes.COLOURS[colour])[:, None, None]) <= 1).all(1)
 
 
 def seen_in(images, colour):
@@ -521,18 +522,18 @@ def seen_in(images, colour):
 
 
 def draw(ask, n=200, seed=0, **look):
-    return data.draw_shapes(n, ask, grain=0, seed=seed, **look)
+    return shapes.draw_shapes(n, ask, grain=0, seed=seed, **look)
 
 
-@pytest.mark.parametrize('colours', [['cyan'], FOUR, list(data.COLOURS)])
+@pytest.mark.parametrize('colours', [['cyan'], FOUR, list(shapes.COLOURS)])
 def test_each_colour_has_a_cell_of_its_own(colours):
     images, _ = draw(f'where_{colours[0]}', colours=colours)
     cells = np.stack([seen_in(images, colour) for colour in colours])
     assert (cells.sum(2) == 1).all() and (cells.sum(0) <= 1).all()
-    assert not any(seen_in(images, colour).any() for colour in set(data.COLOURS) - set(colours))
+    assert not any(seen_in(images, colour).any() for colour in set(shapes.COLOURS) - set(colours))
 
 
-@pytest.mark.parametrize('look', data.LOOKS)
+@pytest.mark.parametrize('look', shapes.LOOKS)
 @pytest.mark.parametrize('colour', FOUR)
 def test_where_is_the_cell_of_the_colour_that_is_asked_for_and_no_other(colour, look):
     images, answer = draw(f'where_{colour}', look=look)
@@ -541,8 +542,8 @@ def test_where_is_the_cell_of_the_colour_that_is_asked_for_and_no_other(colour, 
 
 def covered(ask, n=40):
     """A scene, the answers, and which pixels the red shape covers when a picture is 480 pixels high: [n, 480, 480]."""
-    scene = data.arrange(n, 4, np.random.default_rng(0))
-    return scene, draw(ask, n)[1], data.cover(scene, 0, 480)[:, 0] > 0.5
+    scene = shapes.arrange(n, 4, np.random.default_rng(0))
+    return scene, draw(ask, n)[1], shapes.cover(scene, 0, 480)[:, 0] > 0.5
 
 
 def test_a_large_shape_is_wider_than_11_pixels_of_48_and_a_small_one_narrower_than_10():
@@ -559,7 +560,7 @@ def test_a_ring_is_empty_in_its_middle_and_a_cross_in_its_corners():
     middle, corner = (pixels[np.arange(40), (10 * (row + part * radius)).astype(int), (10 * (column + part * radius)).astype(int)]
                       for part in (0, 0.6))
     expected = {'disc': (True, True), 'ring': (False, True), 'cross': (True, False)}
-    assert [*zip(middle, corner)] == [expected[data.SHAPES[shape]] for shape in answer]
+    assert [*zip(middle, corner)] == [expected[shapes.SHAPES[shape]] for shape in answer]
     assert set(answer) == {0, 1, 2}
 
 
@@ -567,30 +568,30 @@ def test_colour_is_what_is_seen_in_the_centre_or_nothing():
     images, answer = draw('colour')
     seen = np.stack([seen_in(images, colour)[:, 4] for colour in FOUR], axis=1)
     assert (seen == np.eye(5, dtype=bool)[answer][:, :4]).all()
-    assert data.names_of('colour', FOUR) == [*FOUR, 'nothing']
+    assert shapes.names_of('colour', FOUR) == [*FOUR, 'nothing']
 
 
 @pytest.mark.parametrize('colour', FOUR[1:])
 def test_side_is_on_which_side_of_the_red_one(colour):
     images, answer = draw(f'side_{colour}')
     column, red = (seen_in(images, name).argmax(1) % 3 for name in (colour, 'red'))
-    assert [data.names_of('side', FOUR)[a] for a in answer] == [
+    assert [shapes.names_of('side', FOUR)[a] for a in answer] == [
         'left' if a < b else 'right' if a > b else 'above or below' for a, b in zip(column, red)]
 
 
 def test_count_is_how_many_are_there_and_only_then_some_are_missing():
     images, answer = draw('count')
     count = sum(seen_in(images, colour).any(1).astype(int) for colour in FOUR)
-    assert [data.names_of('count', FOUR)[a] for a in answer] == [str(n) for n in count]
+    assert [shapes.names_of('count', FOUR)[a] for a in answer] == [str(n) for n in count]
     assert np.bincount(count, minlength=5)[1:].min() > 25
 
 
 def test_waves_change_the_background_alone():
     images, _ = draw('where_red', look='waves')
-    shapes = sum(of_colour(images, colour) for colour in FOUR)
+    coloured = sum(of_colour(images, colour) for colour in FOUR)
     grey = np.ptp(images.astype(int), axis=1) == 0
     deviation = np.where(grey, images[:, 0], np.nan)
-    assert (np.nanstd(deviation, axis=(1, 2)) > 10).all() and (shapes.sum((1, 2)) > 60).all()
+    assert (np.nanstd(deviation, axis=(1, 2)) > 10).all() and (coloured.sum((1, 2)) > 60).all()
 
 
 def sides_of(picture):
@@ -601,24 +602,24 @@ def sides_of(picture):
 def test_the_frame_asks_what_the_picture_answers():
     """All around: where. Top and left: size. Bottom and right: shape. White with black marks: the colour there."""
     images, answer = draw('frame', n=400)
-    offset = np.cumsum([0] + [len(data.names_of(name, FOUR)) for name in data.ASKED])
-    scene = data.arrange(400, 4, np.random.default_rng(0))
+    offset = np.cumsum([0] + [len(shapes.names_of(name, FOUR)) for name in shapes.ASKED])
+    scene = shapes.arrange(400, 4, np.random.default_rng(0))
     questions = set()
     for i, picture in enumerate(images.astype(int)):
         top, bottom, left, right = (side[5:-5] for side in sides_of(picture))  # without the corners
-        coloured = [any((np.abs(side - rgb) <= 1).all() for rgb in data.COLOURS.values()) for side in (top, bottom, left, right)]
+        coloured = [any((np.abs(side - rgb) <= 1).all() for rgb in shapes.COLOURS.values()) for side in (top, bottom, left, right)]
         question = {(1, 1, 1, 1): 'where', (1, 0, 1, 0): 'size', (0, 1, 0, 1): 'shape', (0, 0, 0, 0): 'colour'}[tuple(coloured)]
         questions.add(question)
-        k = data.ASKED.index(question)
+        k = shapes.ASKED.index(question)
         if question == 'colour':
             row, column = ((side == 0).all(1).nonzero()[0].mean() for side in sides_of(picture)[[2, 0]])
             asked = 3 * int((row - 3) // 14) + int((column - 3) // 14)
         else:
             edge = (bottom if question == 'shape' else top)[0]
-            asked = next(c for c, rgb in enumerate(data.COLOURS.values()) if (np.abs(edge - rgb) <= 1).all())
-        one = data.Scene(*(x[i:i + 1] for x in scene))
-        assert answer[i] == offset[k] + data.QUESTIONS[question](one, np.arange(1), np.array([asked]))[0]
-    assert questions == set(data.ASKED)
+            asked = next(c for c, rgb in enumerate(shapes.COLOURS.values()) if (np.abs(edge - rgb) <= 1).all())
+        one = shapes.Scene(*(x[i:i + 1] for x in scene))
+        assert answer[i] == offset[k] + shapes.QUESTIONS[question](one, np.arange(1), np.array([asked]))[0]
+    assert questions == set(shapes.ASKED)
 
 
 def test_pictures_downstream_have_no_frame():
@@ -628,13 +629,13 @@ def test_pictures_downstream_have_no_frame():
 
 
 def test_every_cell_is_the_answer_about_as_often():
-    counts = np.bincount(data.draw_shapes(1800, 'where_blue', size=16)[1], minlength=9)
+    counts = np.bincount(shapes.draw_shapes(1800, 'where_blue', size=16)[1], minlength=9)
     assert len(counts) == 9 and (abs(counts - 200) < 60).all()
 
 
 @pytest.mark.parametrize('size', [24, 96])
 def test_pictures_of_other_sizes_show_the_same(size):
-    images, answer = data.draw_shapes(50, 'where_blue', grain=0, size=size)
+    images, answer = shapes.draw_shapes(50, 'where_blue', grain=0, size=size)
     small, same = draw('where_blue', n=50)
     assert (answer == same).all()
     scaled = F.interpolate(torch.from_numpy(images).float(), (48, 48), mode='area').numpy()
@@ -642,17 +643,17 @@ def test_pictures_of_other_sizes_show_the_same(size):
 
 
 def test_grain_has_the_standard_deviation_that_was_asked_for():
-    noisy, plain = (data.draw_shapes(50, 'where_blue', grain=noise)[0].astype(float) for noise in (8, 0))
+    noisy, plain = (shapes.draw_shapes(50, 'where_blue', grain=noise)[0].astype(float) for noise in (8, 0))
     inside = (plain > 40) & (plain < 215)  # where nothing is clipped
     assert abs((noisy - plain)[inside].std() - 8) < 0.2
 
 
 def test_one_seed_draws_the_same_pictures_and_another_seed_others():
-    images, labels = data.draw_shapes(20, 'where_blue', seed=1)
+    images, labels = shapes.draw_shapes(20, 'where_blue', seed=1)
     np.random.seed(99)  # numpy's own random numbers have no part in it
-    same_images, same_labels = data.draw_shapes(20, 'where_blue', seed=1)
+    same_images, same_labels = shapes.draw_shapes(20, 'where_blue', seed=1)
     assert (images == same_images).all() and (labels == same_labels).all()
-    assert (images != data.draw_shapes(20, 'where_blue', seed=2)[0]).any()
+    assert (images != shapes.draw_shapes(20, 'where_blue', seed=2)[0]).any()
 
 
 @pytest.mark.parametrize('ask', ['frame', 'where_blue'])

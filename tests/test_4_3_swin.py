@@ -29,8 +29,8 @@ from PIL import Image
 from pictures import run
 from strategies import METHODS, OTHERS, Case, cases, random_model, randomised
 
-import data
 import paper
+import shapes
 import train
 import vit
 from ivpt import IVPTSwin, cdc_da, look
@@ -526,7 +526,7 @@ SMALL = 'swin_nano_patch4_window3_48'
 def losses(model, lr, ask, n, steps=40, batch=16):
     """Train what requires a gradient on n pictures, over and over; the mean loss of the first and of the last ten
     steps."""
-    pixels, cells = (torch.from_numpy(x) for x in data.draw_shapes(n, ask))
+    pixels, cells = (torch.from_numpy(x) for x in shapes.draw_shapes(n, ask))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr)
     history = []
     for step in range(steps):

@@ -20,6 +20,7 @@ from torch import nn
 import data
 import ivpt
 import paper
+import shapes
 import train
 import vit
 from vit import IGNORED, InputError
@@ -346,10 +347,10 @@ def test_setrs_schedule_falls_to_a_hundredth():
 def test_a_mask_is_where_the_blue_shape_is_and_says_which_shape():
     config = settings(n_train=30, n_val=5, n_test=5, grain=0.0)
     task = data.load(config)
-    assert task.classes == ['other', *data.SHAPES] and len(task.train) == 30
-    _, shapes = data.draw_shapes(30, 'shape_blue', grain=0, seed=0)
-    for (image, mask), shape in zip(task.train, shapes):
-        blue = (image.float() - torch.tensor(data.COLOURS['blue']).view(3, 1, 1)).abs().amax(dim=0) < 2
+    assert task.classes == ['other', *shapes.SHAPES] and len(task.train) == 30
+    _, answers = shapes.draw_shapes(30, 'shape_blue', grain=0, seed=0)
+    for (image, mask), shape in zip(task.train, answers):
+        blue = (image.float() - torch.tensor(shapes.COLOURS['blue']).view(3, 1, 1)).abs().amax(dim=0) < 2
         assert set(mask.unique().tolist()) == {0, 1 + shape}
         assert blue[mask == 0].sum() == 0 and blue[mask > 0].float().mean() > 0.3  # its edge is mixed with what is behind
     sets = [{image.numpy().tobytes() for image, _ in part} for part in (task.train, task.val, task.test)]
@@ -537,7 +538,7 @@ def test_the_answer_is_painted_over_a_photo_in_its_own_size(runs, tmp_path, caps
     assert train.main(['--run', str(folder), '--image', str(tmp_path / 'a.png')]) == 0
     assert Image.open(folder / 'a-mask.png').size == (70, 30)
     out = capsys.readouterr().out
-    assert 'a-mask.png: ' in out and '%' in out and any(name in out for name in ('other', *data.SHAPES))
+    assert 'a-mask.png: ' in out and '%' in out and any(name in out for name in ('other', *shapes.SHAPES))
 
 
 def test_a_finished_run_answers_as_when_it_was_scored(runs):
