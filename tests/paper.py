@@ -49,7 +49,7 @@ def main(args, changes, configs):
     return 0
 
 
-# ---- Tables (--report) -------------------------------------------------------------------------------
+# ---- Tables (--report) ----------------------------------------------------------------------------------
 
 
 def report(configs, folder, names=None, models=None, methods=None, seeds=None):
@@ -153,40 +153,7 @@ def spread(values):
     return f'{fmean(values):.1f}' + (f' ± {stdev(values):.1f}' if len(values) > 1 else '') if values else ''
 
 
-# ---- Images with noise (--noise, Figures 4 and 6) ----------------------------------------------------
-
-
-def with_noise(runs, rates, device, changes, code):
-    """Test finished runs on images that are mixed with noise (Figures 4 and 6), add the accuracies to their results,
-    and print them, method by method. What is wrong with one run is said, and the next has its turn. Returns the exit
-    status."""
-    found, status = {}, 0
-    for folder in runs:
-        try:
-            config, classes, model = open_run(folder, device, changes, code)
-            if config.source in data.MASKED:
-                raise InputError(f'{folder}: Figure 4 is about classes of pictures, and this is segmentation')
-            task, result = task_of(config, folder), read_result(folder)
-            scores = {f'{rate:g}': accuracy(model, task.test, config, device, rate) for rate in rates}
-            write_result(folder, result | {'noise': result.get('noise', {}) | scores})
-            for rate, score in zip(rates, scores.values()):
-                found.setdefault(curve_of(config), {rate: [] for rate in rates})[rate].append(score)
-        except InputError as error:
-            complain(error)
-            status = 2
-    if found:
-        path = Path(os.path.commonpath(runs)) / 'noise.png'
-        draw_accuracies(path, 'proportion of noise', {rate: f'{rate:g}' for rate in rates}, found)
-    return status
-
-
-def proportions(text):
-    """The numbers from 0 to 1 of --noise."""
-    with suppress(ValueError):
-        rates = [float(rate) for rate in text.split(',')]
-        if all(0 <= rate <= 1 for rate in rates):
-            return rates
-    raise InputError(f'--noise takes proportions from 0 to 1, as 0,0.1,0.2, not {text!r}')
+# ---- A finished run, opened -----------------------------------------------------------------------------
 
 
 def open_run(folder, device, changes=None, code=()):
@@ -225,7 +192,43 @@ def task_of(config, folder):
     return task
 
 
-# ---- A run at each value of a setting (--sweep, Figure 5) --------------------------------------------
+# ---- Images with noise (--noise, Figures 4 and 6) -------------------------------------------------------
+
+
+def with_noise(runs, rates, device, changes, code):
+    """Test finished runs on images that are mixed with noise (Figures 4 and 6), add the accuracies to their results,
+    and print them, method by method. What is wrong with one run is said, and the next has its turn. Returns the exit
+    status."""
+    found, status = {}, 0
+    for folder in runs:
+        try:
+            config, classes, model = open_run(folder, device, changes, code)
+            if config.source in data.MASKED:
+                raise InputError(f'{folder}: Figure 4 is about classes of pictures, and this is segmentation')
+            task, result = task_of(config, folder), read_result(folder)
+            scores = {f'{rate:g}': accuracy(model, task.test, config, device, rate) for rate in rates}
+            write_result(folder, result | {'noise': result.get('noise', {}) | scores})
+            for rate, score in zip(rates, scores.values()):
+                found.setdefault(curve_of(config), {rate: [] for rate in rates})[rate].append(score)
+        except InputError as error:
+            complain(error)
+            status = 2
+    if found:
+        path = Path(os.path.commonpath(runs)) / 'noise.png'
+        draw_accuracies(path, 'proportion of noise', {rate: f'{rate:g}' for rate in rates}, found)
+    return status
+
+
+def proportions(text):
+    """The numbers from 0 to 1 of --noise."""
+    with suppress(ValueError):
+        rates = [float(rate) for rate in text.split(',')]
+        if all(0 <= rate <= 1 for rate in rates):
+            return rates
+    raise InputError(f'--noise takes proportions from 0 to 1, as 0,0.1,0.2, not {text!r}')
+
+
+# ---- A run at each value of a setting (--sweep, Figure 5) -----------------------------------------------
 
 
 def swept(text, changes):
@@ -257,7 +260,7 @@ def sweep(runs, name, again):
     return status
 
 
-# ---- Where the class token looks (--show, --image, Figure 7) -----------------------------------------
+# ---- Where the class token looks (--show, --image, Figure 7) --------------------------------------------
 
 
 TILE = 112  # pixels of a picture and of a map
@@ -361,7 +364,7 @@ def painted(image, mask, n):
     return draw_segmentation_masks(image, mask == torch.arange(n).view(-1, 1, 1), alpha=0.6)
 
 
-# ---- Curves ------------------------------------------------------------------------------------------
+# ---- Curves ---------------------------------------------------------------------------------------------
 
 
 COLOURS = '#000000', '#d55e00', '#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9'
