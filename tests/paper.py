@@ -337,31 +337,35 @@ def caption(words, row):
 
 
 def show_masks(folders, files, path, device, changes, code):
-    """Draw, in three columns, four test pictures of each finished run, their masks and its answers, and write it to
-    path; or, for files of the user's, its answer over each of them, in the run's folder."""
-    drawn = []
+    """Draw four test pictures of a task, their masks, and beside them the answer of each finished run, and write it to
+    path; or, for files of the user's, a run's answer over each of them, in the run's folder."""
+    rows, names, tasks = {}, ['picture', 'mask'], set()
     for folder in folders:
         config, classes, model = open_run(folder, device, changes, code)
-        if config.source not in data.MASKED:
-            raise InputError(f'{folder}: its pictures have no masks; draw it apart')
+        tasks.add(config.task)
+        if config.source not in data.MASKED or len(tasks) > 1:
+            raise InputError(f'{folder}: runs with masks are drawn by themselves, and each task apart')
         for file in files:
             image, place = data.read_image(file, None), folder / f'{Path(file).stem}-mask.png'
             answer = segment(model, image, config, device)
             to_pil_image(painted(image, answer, len(classes))).save(place)
             say(f'{place}: ' + ', '.join(f'{classes[c]} {(answer == c).float().mean():.1%}' for c in answer.unique()))
+        names.append(f'{config.method}, seed {config.seed}')
         test = [] if files else task_of(config, folder).test
-        for image, mask in (test[i] for i in range(min(4, len(test)))):
-            answers = [painted(image, x, len(classes)) for x in (mask, segment(model, image, config, device))]
-            drawn += [resize(x, [TILE, TILE]) for x in (image, *answers)]
-    if drawn:
-        grid = make_grid(drawn, nrow=3, pad_value=255)
-        to_pil_image(torch.cat([caption(['picture', 'mask', 'answer'], grid), grid], dim=1)).save(path)
+        for i in range(min(4, len(test))):
+            image, mask = test[i]
+            row = rows.setdefault(i, [image, painted(image, mask, len(classes))])
+            row.append(painted(image, segment(model, image, config, device), len(classes)))
+    if rows:
+        drawn = make_grid([resize(x, [TILE, TILE]) for row in rows.values() for x in row], len(names), pad_value=255)
+        to_pil_image(torch.cat([caption(names, drawn), drawn], dim=1)).save(path)
         say(f'pictures, their masks, and the answers of {", ".join(map(str, folders))}: {path}')
 
 
 def painted(image, mask, n):
     """An image, uint8 [3, H, W], under the colours of n classes: mask [H, W] has their ids."""
-    return draw_segmentation_masks(image, mask == torch.arange(n).view(-1, 1, 1), alpha=0.6)
+    colours = list(COLOURS[:n]) if n <= len(COLOURS) else None  # None: torchvision's
+    return draw_segmentation_masks(image, mask == torch.arange(n).view(-1, 1, 1), alpha=0.6, colors=colours)
 
 
 # ---- Curves ---------------------------------------------------------------------------------------------

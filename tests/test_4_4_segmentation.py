@@ -517,18 +517,18 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_show_draws_picture_truth_and_answer_side_by_side(runs):
+def test_show_draws_picture_truth_and_the_answer_of_each_run_side_by_side(runs):
     assert train.main(['--task', 'shapes_masks', '--method', 'linear,cdc', '--weights', 'random', '--show', '--set', f'runs={runs}']) == 0
     drawn = np.asarray(Image.open(runs / 'shapes_masks' / NANO / 'masks.png')).astype(int)
     drawn, side = drawn[18:], paper.TILE + 2  # below the words
-    assert drawn.shape == (6 * side + 2, 3 * side + 2, 3)  # three test pictures of each run
-    tile = lambda row, column: drawn[2 + row * side:(row + 1) * side, 2 + column * side:(column + 1) * side]
-    assert (tile(0, 0) == tile(3, 0)).all() and (tile(0, 1) == tile(3, 1)).all() and (tile(0, 0) != tile(1, 0)).any()
-    config, classes, model = paper.open_run(runs / 'shapes_masks' / NANO / 'linear' / 'seed0', CPU)
-    image, mask = data.load(config).test[0]
-    for column, labels in (1, mask), (2, train.segment(model, image, config, CPU)):
-        expected = data.resize(paper.painted(image, labels, 4), [paper.TILE, paper.TILE]).permute(1, 2, 0).numpy()
-        assert (tile(0, column) == expected).all()
+    assert drawn.shape == (3 * side + 2, 4 * side + 2, 3)  # three test pictures, two runs
+    for column, method in enumerate(('linear', 'cdc'), start=2):
+        config, classes, model = paper.open_run(runs / 'shapes_masks' / NANO / method / 'seed0', CPU)
+        for row, (image, mask) in enumerate(data.load(config).test):
+            answer = paper.painted(image, train.segment(model, image, config, CPU), 4)
+            for at, picture in (0, image), (1, paper.painted(image, mask, 4)), (column, answer):
+                tile = drawn[2 + row * side:(row + 1) * side, 2 + at * side:(at + 1) * side]
+                assert (tile == data.resize(picture, [paper.TILE, paper.TILE]).permute(1, 2, 0).numpy()).all()
 
 
 def test_the_answer_is_painted_over_a_photo_in_its_own_size(runs, tmp_path, capsys):
@@ -562,7 +562,7 @@ def test_a_search_takes_the_best_miou(tmp_path):
 def test_runs_with_and_without_masks_are_not_drawn_together(runs, tmp_path, capsys):
     assert run(runs, '--task', 'where_blue', '--method', 'linear', **SMALL) == 0
     assert train.main(['--task', 'shapes_masks,where_blue', '--method', 'linear', '--weights', 'random', '--show', '--set', f'runs={runs}']) == 2
-    assert 'its pictures have no masks; draw it apart' in capsys.readouterr().err
+    assert 'runs with masks are drawn by themselves' in capsys.readouterr().err
 
 
 def test_processes_that_share_a_run_synchronise_batch_norm_on_gpus_and_refuse_on_a_cpu(monkeypatch):
