@@ -323,7 +323,8 @@ AUXILIARY = 0.4  # weight of the loss of each auxiliary head
 class Decoder(nn.Module):
     """A head of SETR-PUP (Zheng et al., 2021): image tokens Z [B, M, D] -> logits [B, C, H', W'] on a coarse grid.
 
-    n convolutions of 3 x 3 to D / 4 channels, with the grid doubled between them, and one of 1 x 1 to the classes."""
+    n convolutions of 3 x 3 to D / 4 channels, with the grid doubled between them, and one of 1 x 1 to the classes. The
+    batch norms see the whole batch of the processes that share a run."""
 
     def __init__(self, D, C, n):
         super().__init__()
@@ -332,7 +333,7 @@ class Decoder(nn.Module):
         for i in range(n):
             if i:
                 self.layers.append(nn.Upsample(scale_factor=2, mode='bilinear'))
-            self.layers.extend([nn.Conv2d(width if i else D, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()])
+            self.layers.extend([nn.Conv2d(width if i else D, width, 3, padding=1), nn.SyncBatchNorm(width), nn.ReLU()])
         self.layers.append(nn.Conv2d(width, C, 1))
 
     def forward(self, Z):

@@ -338,7 +338,7 @@ def run(config, again=False):
     folder, device = folder_of(config), find_device(config.device)
     config.precision, why = number_format(config, device)
     task = data.load(config)
-    model = synchronised(make_model(config, len(task.classes)).to(device), device)
+    model = make_model(config, len(task.classes)).to(device)
     vars(config).update(data.digest(task, config))
     if not again and (result := read_result(folder)):
         same_settings(result['config'], config, folder)
@@ -346,6 +346,8 @@ def run(config, again=False):
             say(f'{folder}: finished before, {100 * result["accuracy"]:.2f}%; --again runs it again')
             return result
         say(f'{folder}: params.pth is not what result.json was measured with, and is made again')
+    if parts()[1] > 1 and device.type == 'cpu' and config.source in data.MASKED:
+        raise InputError('torch synchronises no batch norm on CPUs, so no run with masks is shared: leave out torchrun')
     place = folder / AGAIN if again else folder
     learn, score = decoded(config, task, device)
     if hasattr(model, 'prepare'):
@@ -368,15 +370,6 @@ def run(config, again=False):
         if isinstance(stop, KeyboardInterrupt):
             raise KeyboardInterrupt(f'stopped. {kept}; the same command goes on from there') from None
         raise InputError(f'{stop}. {kept}. Lower the learning rate: --set lr={config.lr / 4:g}') from None
-
-
-def synchronised(model, device):
-    """The model, whose batch norms, if any, see the whole batch of the processes that share a run."""
-    if parts()[1] == 1 or not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        return model
-    if device.type not in ('cuda', 'xpu'):
-        raise InputError(f'{device}: torch synchronises no batch norm there, so no run is shared: leave out torchrun')
-    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def decoded(config, task, device):

@@ -434,8 +434,8 @@ MUTANTS = [
      'next(data.batches([(image, label)], config, device, 0))', LOOK),
     # what no test saw
     ('unseen: noise depends on the seed', 'train.py', 'torch.Generator().manual_seed(0)', 'torch.Generator().manual_seed(config.seed)', SWEEPS),
-    ('unseen: noise is the same for every batch', 'train.py', 'generator=generator).to(images.device)',
-     'generator=torch.Generator().manual_seed(0)).to(images.device)', SWEEPS),
+    ('unseen: noise is the same for every batch', 'train.py', 'generator=generator).to(device)',
+     'generator=torch.Generator().manual_seed(0)).to(device)', SWEEPS),
     *[(f'unseen: {name} is free', 'train.py', "FREE = {'data', ", f"FREE = {{'data', '{name}', ", STOPS)
       for name in ('precision', 'mean', 'n_test', 'score_on', 'save_dtype', 'k')],
     *[(f'unseen: {name} is not free', 'train.py', f"'{name}', ", '', STOPS) for name in ('point', 'cache_gb', 'grid')],
@@ -588,7 +588,7 @@ MUTANTS = [
     ('masks: another size in silence', 'data.py', 'if mask.shape != image.shape[1:]', 'if False', SEG),
     ('masks: label 151 in silence', 'data.py', 'if mask.max() > ADE20K_CLASSES', 'if False', SEG),
     ('masks: a missing partner in silence', 'data.py', 'for name in sorted(images.keys() ^ masks.keys()):', 'for name in ():', SEG),
-    ('masks: the test images are trained on', 'data.py', "draw(partners(root, 'training'), config)", "draw(partners(root, 'validation'), config)", SEG),
+    ('masks: the test images are trained on', 'data.py', "draw(partners(root, 'training'),", "draw(partners(root, 'validation'),", SEG),
     ('masks: are not part of what a run belongs to', 'data.py', 'else identity(label, config.data))', 'else 0)', SEG),
     ('masks: the image alone is mirrored', 'data.py', 'image, mask = image.flip(-1), mask.flip(-1)', 'image = image.flip(-1)', SEG),
     ('masks: bilinear', 'data.py', 'image.shape[1:], InterpolationMode.NEAREST', 'image.shape[1:], InterpolationMode.BILINEAR', SEG),
@@ -618,11 +618,11 @@ MUTANTS = [
     ('scores: pixel accuracy for mIoU', 'train.py', "'accuracy': mean_iou(K),", "'accuracy': (K.trace() / K.sum()).item(),", SEG),
     ('scores: several scales are one', 'train.py', 'config, device, config.scales))', 'config, device, [1.0]))', SEG),
     ("SETR's schedule ends at 0", 'train.py', '0.99 * (1 - done) ** 0.9 + 0.01', '(1 - done) ** 0.9', SEG),
-    ('batch norm is not synchronised', 'train.py', 'return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)', 'return model', SEG),
-    ('batch norm of a part in silence', 'train.py', "if device.type not in ('cuda', 'xpu'):", 'if False:', SEG),
+    ('batch norm is not synchronised', 'ivpt.py', 'nn.SyncBatchNorm(', 'nn.BatchNorm2d(', SEG),
+    ('batch norm of a part in silence', 'train.py', "device.type == 'cpu' and config.source", "False and config.source", SEG),
     ('a guess is that of one head', 'train.py', '(1 + 4 * ivpt.AUXILIARY if masked else 1)', '1', SEG),
-    ('the report has no column for several scales', 'train.py', "if column in {name, *tasks}]", 'if column == name]', SEG),
-    ('truth and answer are swapped', 'train.py', 'for x in (mask, segment(model, image, config, device))]', 'for x in (segment(model, image, config, device), mask)]', SEG),
+    ('the report has no column for several scales', 'tests/paper.py', "if column in {name, *tasks}]", 'if column == name]', SEG),
+    ('truth and answer are swapped', 'tests/paper.py', '[image, painted(image, mask, len(classes))]', '[painted(image, mask, len(classes)), image]', SEG),
 ]
 
 

@@ -50,7 +50,7 @@ def literal_decoder(decoder, Z, size):
     side = round(Z.shape[1] ** 0.5)
     x = layer_norm(decoder.norm, Z).transpose(1, 2).reshape(len(Z), -1, side, side)
     convolutions = [m for m in decoder.layers if isinstance(m, nn.Conv2d)]
-    norms = [m for m in decoder.layers if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in decoder.layers if isinstance(m, nn.SyncBatchNorm)]
     for i, (convolution, norm) in enumerate(zip(convolutions, norms)):
         if i:
             x = F.interpolate(x, scale_factor=2, mode='bilinear')
@@ -565,17 +565,13 @@ def test_runs_with_and_without_masks_are_not_drawn_together(runs, tmp_path, caps
     assert 'runs with masks are drawn by themselves' in capsys.readouterr().err
 
 
-def test_processes_that_share_a_run_synchronise_batch_norm_on_gpus_and_refuse_on_a_cpu(monkeypatch):
+def test_batch_norms_are_those_that_processes_synchronise_and_on_cpus_a_shared_run_is_refused(tmp_path, monkeypatch):
     model = train.make_model(tiny('shapes_masks', 'cdc'), 4)
-    names, plain = list(model.state_dict()), train.make_model(tiny('where_blue', 'cdc'), 9)
-    assert train.synchronised(model, CPU) is model and not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 7 and {type(m) for m in norms} == {nn.SyncBatchNorm}
     monkeypatch.setattr(train, 'parts', lambda: (0, 2))
-    with pytest.raises(InputError, match='cpu: torch synchronises no batch norm there'):
-        train.synchronised(model, CPU)
-    assert train.synchronised(plain, CPU) is plain
-    model = train.synchronised(model, torch.device('cuda'))
-    assert sum(isinstance(m, nn.SyncBatchNorm) for m in model.modules()) == 7 and list(model.state_dict()) == names
-    assert not any(type(m) is nn.BatchNorm2d for m in model.modules())
+    with pytest.raises(InputError, match='torch synchronises no batch norm on CPUs'):
+        train.run(tiny('shapes_masks', 'cdc', runs=str(tmp_path)))
 
 
 def test_the_losses_of_parts_weigh_as_that_of_the_whole_batch_wherever_labels_lie():
