@@ -8,6 +8,7 @@ import os
 import re
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -18,11 +19,11 @@ from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, 
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 import data
-import ivpt
 import vit
-from train import (AGAIN, FREE, InputError, accuracy, complain, differences, find_device, folder_of, has_params,
-                   is_random, make_model, named, published, read, read_result, run_all, runs_of, say, segment, tasks_of,
+from train import (AGAIN, FREE, InputError, accuracy, answer, complain, differences, find_device, folder_of, has_params,
+                   is_random, make_model, named, published, read, read_result, run_all, runs_of, say, tasks_of,
                    write_result)
+from vit import Swin
 
 
 def main(args, changes, configs):
@@ -282,7 +283,7 @@ def show(folders, files, path, device, changes, code):
             pictures = [test[i] for i in range(min(4, len(test)))]
         for i, (image, label) in enumerate(pictures):
             image = next(data.batches([(image, label)], config, device))[0]
-            seen = ivpt.look(model, image)
+            seen = look(model, image)
             p, best = seen['logits'][0].float().softmax(dim=0).topk(min(5, len(classes)))
             truth = f', in truth {classes[label]}' if label >= 0 else ''
             row = tiles(image, seen, config.mean, config.std)
@@ -297,6 +298,42 @@ def show(folders, files, path, device, changes, code):
     strips = [head] + [strip for _, *row in rows for strip in row]
     to_pil_image(torch.cat(strips, dim=1)).save(path)
     say(f"the class token's attention in each layer, and outlined what AR reinforces after it: {path}")
+
+
+@torch.no_grad()
+def look(model, images):
+    """What an IVPT, or a plain ViT, does with images [B, 3, H, W]. Made by hooks: `forward` is as it is.
+
+    A dict: `logits` [B, C]; `w` [B, L, M], the class token's attention over the image tokens in each layer
+    (w̃ of Eq. 14); `Omega` [B, L-1, k], the image tokens that top-k chose, or None; `P_hat`, the prompts that
+    enter the layers, [L, N, D], or [B, L, N, D] if they are inherited, or None without prompts.
+    Of a Swin, with or without prompts, `w`, `Omega` and `P_hat` are lists with such a tensor for each stage."""
+    vit, P, rows, P_hat = getattr(model, 'vit', model), getattr(model, 'P', None), [], []
+    swin = isinstance(vit, Swin)
+
+    def ask(layer, inputs, options):
+        return inputs, options | {'need_weights': True}
+
+    def hook(layer, inputs, outputs):
+        rows.append(outputs[1] if swin else outputs[1][:, 1:1 + vit.M])
+        P_hat.append(None if P is None else inputs[-1][..., -P[0].shape[-2]:, :])  # [N, D] or [B, N, D]
+
+    layers = getattr(model, 'express', None) or vit.blocks
+    hooks = [layer.register_forward_pre_hook(ask, with_kwargs=True) for layer in layers]
+    hooks += [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        logits = model(images)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    rows, P_hat = iter(rows), iter(P_hat)
+    L = [n for n, _, _ in vit.sizes] if swin else [vit.L]
+    w = [torch.stack([*islice(rows, n)], dim=1) for n in L]
+    topk = getattr(model, 'reinforcement', '') == 'topk'
+    Omega = [model.choose(x) for x in (*w[:-1], w[-1][:, :-1])] if topk else None
+    P_hat = [torch.stack([*islice(P_hat, n)], dim=-3) for n in L] if P is not None else None
+    return {'logits': logits} | {name: x if swin or x is None else x[0]
+                                 for name, x in (('w', w), ('Omega', Omega), ('P_hat', P_hat))}
 
 
 def tiles(image, seen, mean, std):
@@ -347,15 +384,15 @@ def show_masks(folders, files, path, device, changes, code):
             raise InputError(f'{folder}: runs with masks are drawn by themselves, and each task apart')
         for file in files:
             image, place = data.read_image(file, None), folder / f'{Path(file).stem}-mask.png'
-            answer = segment(model, image, config, device)
-            to_pil_image(painted(image, answer, len(classes))).save(place)
-            say(f'{place}: ' + ', '.join(f'{classes[c]} {(answer == c).float().mean():.1%}' for c in answer.unique()))
+            found = answer(model, image, config, device)
+            to_pil_image(painted(image, found, len(classes))).save(place)
+            say(f'{place}: ' + ', '.join(f'{classes[c]} {(found == c).float().mean():.1%}' for c in found.unique()))
         names.append(f'{config.method}, seed {config.seed}')
         test = [] if files else task_of(config, folder).test
         for i in range(min(4, len(test))):
             image, mask = test[i]
             row = rows.setdefault(i, [image, painted(image, mask, len(classes))])
-            row.append(painted(image, segment(model, image, config, device), len(classes)))
+            row.append(painted(image, answer(model, image, config, device), len(classes)))
     if rows:
         drawn = make_grid([resize(x, [TILE, TILE]) for row in rows.values() for x in row], len(names), pad_value=255)
         to_pil_image(torch.cat([caption(names, drawn), drawn], dim=1)).save(path)

@@ -151,19 +151,19 @@ def settings(**changes):
 @pytest.mark.parametrize('n, expected', [(512, [0]), (513, [0, 1]), (683, [0, 171]), (853, [0, 341]), (1024, [0, 341, 512]),
                                          (2048, [0, 341, 682, 1023, 1364, 1536])])
 def test_windows_of_512_start_where_setrs_do(n, expected):
-    assert train.starts(n, 512) == expected
+    assert ivpt.starts(n, 512) == expected
 
 
 @given(st.integers(3, 40), st.integers(3, 40), st.integers(3, 12))
 def test_a_model_that_sees_one_pixel_says_the_same_in_windows(H, W, size):
     model, images = Pixelwise(), torch.randn(2, 3, H, W)
-    torch.testing.assert_close(train.slide(model, images, size), model(images))
+    torch.testing.assert_close(ivpt.slide(model, images, size), model(images))
     assert {*model.seen[:-1]} == {(size, size)}
 
 
 def test_where_windows_overlap_their_mean_counts():
     model = lambda images: images[:, :1] * 0 + torch.arange(6.0)  # the column in the window
-    found = train.slide(model, torch.zeros(1, 3, 6, 8), 6)  # windows from column 0 and 2
+    found = ivpt.slide(model, torch.zeros(1, 3, 6, 8), 6)  # windows from column 0 and 2
     assert found[0, 0, 0].tolist() == [0, 1, 1, 2, 3, 4, 4, 5]
 
 
@@ -177,17 +177,17 @@ def test_a_mirrored_image_has_a_mirrored_answer_at_several_scales(H, W, seed):
     image = torch.from_numpy(rng.integers(0, 256, (3, H, W), dtype=np.uint8))
     image[:, :, W // 2:] = 128  # it has two sides
     config = settings(img_size=8)
-    a, b = (train.segment(sided, x, config, CPU, [0.5, 1.0, 1.75]) for x in (image, image.flip(-1)))
+    a, b = (train.answer(sided, x, config, CPU, [0.5, 1.0, 1.75]) for x in (image, image.flip(-1)))
     assert a.shape == (H, W) and (a == b.flip(-1)).float().mean() > 0.97  # but for ties
 
 
 def test_the_scales_are_those_of_the_shorter_side_and_small_ones_are_padded():
     model, seen = Pixelwise(), []
-    slide = train.slide
+    slide = ivpt.slide
     image = torch.zeros(3, 20, 30, dtype=torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, 'slide', lambda model, images, size: seen.append(tuple(images.shape[2:])) or slide(model, images, size))
-        train.segment(model, image, settings(img_size=8), CPU, [0.5, 2.0])
+        patch.setattr(ivpt, 'slide', lambda model, images, size: seen.append(tuple(images.shape[2:])) or slide(model, images, size))
+        train.answer(model, image, settings(img_size=8), CPU, [0.5, 2.0])
     assert seen == [(4, 6), (4, 6), (16, 24), (16, 24)] and {*model.seen} == {(8, 8)}
 
 
@@ -197,14 +197,14 @@ def test_of_several_views_the_mean_of_probabilities_counts_and_not_that_of_logit
     def model(images):
         return torch.tensor(next(views)).view(1, 2, 1, 1).expand(1, 2, *images.shape[2:])
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    assert (train.segment(model, image, settings(img_size=8), CPU, [0.5, 1.0]) == 1).all()
+    assert (train.answer(model, image, settings(img_size=8), CPU, [0.5, 1.0]) == 1).all()
 
 
 def test_an_image_of_the_models_size_gets_the_class_of_the_largest_logit():
     image = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
     x = (image / 255 - 0.5) / 0.5
     expected = (x * torch.tensor([1.0, 2.0, 0.5]).view(3, 1, 1)).argmax(dim=0)
-    assert torch.equal(train.segment(Pixelwise(), image, settings(img_size=8), CPU), expected)
+    assert torch.equal(train.answer(Pixelwise(), image, settings(img_size=8), CPU), expected)
 
 
 @given(st.integers(1, 4), st.integers(0, 999))
@@ -216,7 +216,7 @@ def test_miou_and_pixel_accuracy_are_those_of_a_loop_over_pixels(n, seed):
         pictures.append((torch.from_numpy(rng.integers(0, 256, (3, 5, 5), dtype=np.uint8)), torch.from_numpy(mask)))
     both, either, right, labelled = [0] * 3, [0] * 3, 0, 0
     for image, mask in pictures:
-        answer = train.segment(model, image, config, CPU)
+        answer = train.answer(model, image, config, CPU)
         for y, x in np.ndindex(5, 5):
             if mask[y, x] != IGNORED:
                 labelled += 1
@@ -241,9 +241,9 @@ def test_a_test_alone_is_at_several_scales_too(scales, score_on, expected, monke
 
 def test_miou_of_a_small_table():
     K = torch.tensor([[3.0, 1, 0], [2, 4, 0], [0, 0, 0]])  # 3 / 6 and 4 / 7; nobody saw the third class
-    assert train.mean_iou(K) == pytest.approx((3 / 6 + 4 / 7) / 2)
+    assert ivpt.mean_iou(K) == pytest.approx((3 / 6 + 4 / 7) / 2)
     with pytest.raises(InputError, match='no pixel .* is labelled'):
-        train.mean_iou(torch.zeros(3, 3))
+        ivpt.mean_iou(torch.zeros(3, 3))
 
 
 # ---- Masks and augmentation -----------------------------------------------------------------------------
@@ -525,7 +525,7 @@ def test_show_draws_picture_truth_and_the_answer_of_each_run_side_by_side(runs):
     for column, method in enumerate(('linear', 'cdc'), start=2):
         config, classes, model = paper.open_run(runs / 'shapes_masks' / NANO / method / 'seed0', CPU)
         for row, (image, mask) in enumerate(data.load(config).test):
-            answer = paper.painted(image, train.segment(model, image, config, CPU), 4)
+            answer = paper.painted(image, train.answer(model, image, config, CPU), 4)
             for at, picture in (0, image), (1, paper.painted(image, mask, 4)), (column, answer):
                 tile = drawn[2 + row * side:(row + 1) * side, 2 + at * side:(at + 1) * side]
                 assert (tile == data.resize(picture, [paper.TILE, paper.TILE]).permute(1, 2, 0).numpy()).all()
