@@ -1,8 +1,8 @@
 """Tasks: which pictures are trained on, which are tested on, and how they become batches.
 
-A picture is a pair (uint8 tensor [3, H, W], class id); or, where each pixel has a class, (image, mask [H, W]). A set of
-pictures has a length and an index: a list of those in memory, or `Files`, which decodes them when asked for. A sample is
-a pair (where a picture lies, class id or where its mask lies).
+A picture is a pair (uint8 tensor [3, H, W], class id), or (image, mask [H, W]) where each pixel has a class. A set of
+pictures has a length and an index: a list of those in memory, or `Files`, which decodes them when asked for. A sample
+is a pair (where a picture lies, class id or where its mask lies).
 """
 
 import hashlib

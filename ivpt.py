@@ -8,13 +8,14 @@ explained on top of vit.py. "Eq. 5" always means the paper's.
 """
 
 import math
-from itertools import islice
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms.functional import resize
 
-from vit import IGNORED, InputError, Swin, ViT, attend, init_linear
+from vit import IGNORED, InputError, ViT, attend, init_linear
 
 # ---- 3.3 Cross-layer dynamic connection -----------------------------------------------------------------
 
@@ -161,7 +162,7 @@ class IVPT(nn.Module):
         P_re     [L-1, k, D]    reinforcing prompts; only with reinforcement, and k = M if it is 'all'
         head     D -> C         linear, with bias
 
-    What happens inside, layer by layer, is told by `look`.
+    What happens inside, layer by layer, is told by `look` in tests/paper.py.
 
     Where the paper is silent, this is what was chosen:
     - P starts uniform with bound sqrt(6 / (3 p² + D)), p the patch size, as in VPT's code.
@@ -323,7 +324,8 @@ AUXILIARY = 0.4  # weight of the loss of each auxiliary head
 class Decoder(nn.Module):
     """A head of SETR-PUP (Zheng et al., 2021): image tokens Z [B, M, D] -> logits [B, C, H', W'] on a coarse grid.
 
-    n convolutions of 3 x 3 to D / 4 channels, with the grid doubled between them, and one of 1 x 1 to the classes."""
+    n convolutions of 3 x 3 to D / 4 channels, with the grid doubled between them, and one of 1 x 1 to the classes. The
+    batch norms see the whole batch of the processes that share a run."""
 
     def __init__(self, D, C, n):
         super().__init__()
@@ -332,7 +334,7 @@ class Decoder(nn.Module):
         for i in range(n):
             if i:
                 self.layers.append(nn.Upsample(scale_factor=2, mode='bilinear'))
-            self.layers.extend([nn.Conv2d(width if i else D, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()])
+            self.layers.extend([nn.Conv2d(width if i else D, width, 3, padding=1), nn.SyncBatchNorm(width), nn.ReLU()])
         self.layers.append(nn.Conv2d(width, C, 1))
 
     def forward(self, Z):
@@ -384,36 +386,39 @@ class SETR(nn.Module):
 
 
 @torch.no_grad()
-def look(model, images):
-    """What an IVPT, or a plain ViT, does with images [B, 3, H, W]. Made by hooks: `forward` is as it is.
+def segment(model, image, size, scales=(1.0,)):
+    """The class of each pixel of a normalised image [3, H, W] -> [H, W]. Its shorter side becomes each of the scales
+    times the model's size; of several, and of the mirror image at each, the mean of probabilities counts."""
+    p, flips = 0, [False, True] if len(scales) > 1 else [False]
+    for scale, flip in product(scales, flips):
+        short = round(scale * size)
+        x = resize(image, [short], max_size=4 * short).unsqueeze(0)
+        logits = slide(model, x.flip(-1) if flip else x, size)
+        logits = F.interpolate(logits.flip(-1) if flip else logits, image.shape[1:], mode='bilinear')
+        p = p + logits.softmax(dim=1)
+    return p[0].argmax(dim=0)
 
-    A dict: `logits` [B, C]; `w` [B, L, M], the class token's attention over the image tokens in each layer
-    (w̃ of Eq. 14); `Omega` [B, L-1, k], the image tokens that top-k chose, or None; `P_hat`, the prompts that
-    enter the layers, [L, N, D], or [B, L, N, D] if they are inherited, or None without prompts.
-    Of a Swin, with or without prompts, `w`, `Omega` and `P_hat` are lists with such a tensor for each stage."""
-    vit, P, rows, P_hat = getattr(model, 'vit', model), getattr(model, 'P', None), [], []
-    swin = isinstance(vit, Swin)
 
-    def ask(layer, inputs, options):
-        return inputs, options | {'need_weights': True}
+def slide(model, images, size):
+    """Logits [B, C, H, W] of images [B, 3, H, W], by windows that overlap by a third; their mean where several lie."""
+    (H, W), total, n = images.shape[2:], 0, 0
+    images = F.pad(images, (0, max(0, size - W), 0, max(0, size - H)))  # as in training
+    high, wide = images.shape[2:]
+    for y, x in product(starts(high, size), starts(wide, size)):
+        around = (x, wide - size - x, y, high - size - y)
+        total = total + F.pad(model(images[..., y:y + size, x:x + size]).float(), around)
+        n = n + F.pad(images.new_ones(size, size), around)
+    return (total / n)[..., :H, :W]
 
-    def hook(layer, inputs, outputs):
-        rows.append(outputs[1] if swin else outputs[1][:, 1:1 + vit.M])
-        P_hat.append(None if P is None else inputs[-1][..., -P[0].shape[-2]:, :])  # [N, D] or [B, N, D]
 
-    layers = getattr(model, 'express', None) or vit.blocks
-    hooks = [layer.register_forward_pre_hook(ask, with_kwargs=True) for layer in layers]
-    hooks += [layer.register_forward_hook(hook) for layer in layers]
-    try:
-        logits = model(images)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    rows, P_hat = iter(rows), iter(P_hat)
-    L = [n for n, _, _ in vit.sizes] if swin else [vit.L]
-    w = [torch.stack([*islice(rows, n)], dim=1) for n in L]
-    topk = getattr(model, 'reinforcement', '') == 'topk'
-    Omega = [model.choose(x) for x in (*w[:-1], w[-1][:, :-1])] if topk else None
-    P_hat = [torch.stack([*islice(P_hat, n)], dim=-3) for n in L] if P is not None else None
-    return {'logits': logits} | {name: x if swin or x is None else x[0]
-                                 for name, x in (('w', w), ('Omega', Omega), ('P_hat', P_hat))}
+def starts(n, size):
+    """Where windows start on a side of n >= size pixels; the last one ends where the side does."""
+    stride = size * 2 // 3
+    return [min(start, n - size) for start in range(0, n - size + stride, stride)]
+
+
+def mean_iou(K):
+    """Intersection over union, mean over the classes that are in masks or answers: K of `confusion` -> 0 to 1."""
+    if not K.any():
+        raise InputError('no pixel of the pictures to score is labelled: look at their masks')
+    return (K.diagonal() / (K.sum(0) + K.sum(1) - K.diagonal())).nanmean().item()

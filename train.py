@@ -37,7 +37,6 @@ import torchvision
 import yaml
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
-from torchvision.transforms.functional import resize
 
 import data
 import ivpt
@@ -170,17 +169,10 @@ def evaluate(model, pictures, config, device):
     if config.source not in data.MASKED:
         return {'accuracy': accuracy(model, pictures, config, device)}
     K = confusion(model, pictures, config, device, [1.0])
-    found = {'accuracy': mean_iou(K), 'pixel_accuracy': (K.trace() / K.sum()).item()}
+    found = {'accuracy': ivpt.mean_iou(K), 'pixel_accuracy': (K.trace() / K.sum()).item()}
     if config.scales and config.score_on == 'test':
-        found['multi_scale'] = mean_iou(confusion(model, pictures, config, device, config.scales))
+        found['multi_scale'] = ivpt.mean_iou(confusion(model, pictures, config, device, config.scales))
     return found
-
-
-def mean_iou(K):
-    """Intersection over union, mean over the classes that are in masks or answers: K of `confusion` -> 0 to 1."""
-    if not K.any():
-        raise InputError('no pixel of the pictures to score is labelled: look at their masks')
-    return (K.diagonal() / (K.sum(0) + K.sum(1) - K.diagonal())).nanmean().item()
 
 
 def confusion(model, pictures, config, device, scales):
@@ -189,42 +181,16 @@ def confusion(model, pictures, config, device, scales):
     (rank, world), C = parts(), model.num_classes
     mine, K = range(len(pictures))[rank::world], torch.zeros(C * C, dtype=torch.int64)
     for image, mask in data.decoded(pictures.__getitem__, mine, data.workers_of(config)):
-        answer, known = segment(model, image, config, device, scales), mask != vit.IGNORED
-        K += torch.bincount(C * mask[known].long() + answer[known], minlength=C * C)
+        found, known = answer(model, image, config, device, scales), mask != vit.IGNORED
+        K += torch.bincount(C * mask[known].long() + found[known], minlength=C * C)
     return summed(K.to(device)).view(C, C).cpu().double()
 
 
-@torch.no_grad()
-def segment(model, image, config, device, scales=(1.0,)):
-    """The class of each pixel of an image, uint8 [3, H, W] -> [H, W]. Its shorter side is taken to each of the scales
-    times the model's size; of several, and of the mirror image at each, the mean of probabilities counts."""
-    (mean, std), p, flips = data.moments(config, device), 0, [False, True] if len(scales) > 1 else [False]
-    for scale, flip in product(scales, flips):
-        short = round(scale * config.img_size)
-        x = (resize(image.to(device), [short], max_size=4 * short).unsqueeze(0) - mean) / std
-        with autocast(device, config):
-            logits = slide(model, x.flip(-1) if flip else x, config.img_size)
-        logits = F.interpolate(logits.flip(-1) if flip else logits, image.shape[1:], mode='bilinear')
-        p = p + logits.softmax(dim=1)
-    return p[0].argmax(dim=0).cpu()
-
-
-def slide(model, images, size):
-    """Logits [B, C, H, W] of images [B, 3, H, W], by windows that overlap by a third; their mean where several lie."""
-    (H, W), total, n = images.shape[2:], 0, 0
-    images = F.pad(images, (0, max(0, size - W), 0, max(0, size - H)))  # as in training
-    high, wide = images.shape[2:]
-    for y, x in product(starts(high, size), starts(wide, size)):
-        around = (x, wide - size - x, y, high - size - y)
-        total = total + F.pad(model(images[..., y:y + size, x:x + size]).float(), around)
-        n = n + F.pad(images.new_ones(size, size), around)
-    return (total / n)[..., :H, :W]
-
-
-def starts(n, size):
-    """Where windows start on a side of n >= size pixels; the last one ends where the side does."""
-    stride = size * 2 // 3
-    return [min(start, n - size) for start in range(0, n - size + stride, stride)]
+def answer(model, image, config, device, scales=(1.0,)):
+    """The class of each pixel of an image, uint8 [3, H, W] -> [H, W]."""
+    mean, std = data.moments(config, device)
+    with autocast(device, config):
+        return ivpt.segment(model, (image.to(device) - mean) / std, config.img_size, scales).cpu()
 
 
 # ---- One run --------------------------------------------------------------------------------------------
@@ -232,7 +198,7 @@ def starts(n, size):
 
 def make_model(config, classes):
     """The backbone with its weights and what the method tunes, with SETR's heads for masks; the rest requires no
-    gradient. Adds `backbone` to the settings, what its weights are: the first digits of their SHA-256, without a head."""
+    gradient. Adds to the settings `backbone`, the first digits of the SHA-256 of its weights without a head."""
     torch.manual_seed(config.seed)
     masked, weights = config.source in data.MASKED, config.weights
     whole = config.tune in ('all', 'bias', 'head') and not masked
@@ -329,7 +295,7 @@ def run(config, again=False):
     folder, device = folder_of(config), find_device(config.device)
     config.precision, why = number_format(config, device)
     task = data.load(config)
-    model = synchronised(make_model(config, len(task.classes)).to(device), device)
+    model = make_model(config, len(task.classes)).to(device)
     vars(config).update(data.digest(task, config))
     if not again and (result := read_result(folder)):
         same_settings(result['config'], config, folder)
@@ -337,6 +303,8 @@ def run(config, again=False):
             say(f'{folder}: finished before, {100 * result["accuracy"]:.2f}%; --again runs it again')
             return result
         say(f'{folder}: params.pth is not what result.json was measured with, and is made again')
+    if parts()[1] > 1 and device.type == 'cpu' and config.source in data.MASKED:
+        raise InputError('torch synchronises no batch norm on CPUs, so no run with masks is shared: leave out torchrun')
     place = folder / AGAIN if again else folder
     learn, score = decoded(config, task, device)
     if hasattr(model, 'prepare'):
@@ -359,15 +327,6 @@ def run(config, again=False):
         if isinstance(stop, KeyboardInterrupt):
             raise KeyboardInterrupt(f'stopped. {kept}; the same command goes on from there') from None
         raise InputError(f'{stop}. {kept}. Lower the learning rate: --set lr={config.lr / 4:g}') from None
-
-
-def synchronised(model, device):
-    """The model, whose batch norms, if any, see the whole batch of the processes that share a run."""
-    if parts()[1] == 1 or not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        return model
-    if device.type not in ('cuda', 'xpu'):
-        raise InputError(f'{device}: torch synchronises no batch norm there, so no run is shared: leave out torchrun')
-    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def decoded(config, task, device):

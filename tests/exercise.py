@@ -63,7 +63,7 @@ PARTS = [  # heading, exercises, questions
         Exercise('Eq. 8 to 10: CDC re-weights', 'ivpt.py', ('reweight_cdc',), REWEIGHTING),
         Exercise('Eq. 11 to 13: DA re-weights by all', 'ivpt.py', ('reweight_cdc_da',), REWEIGHTING),
     ], [
-        "How much attention do prompts get in each layer? It is what `ivpt.look(model, images)['w']` leaves of 1, less "
+        "How much attention do prompts get in each layer? It is what `paper.look(model, images)['w']` leaves of 1, less "
         "what the class token keeps for itself. `open_run` in tests/paper.py gives the model:\n"
         'python train.py --method vpt,cdc',
         'Is α̃ near 1 after training? Take q and W_K from a layer of a trained CDC, and its P.',

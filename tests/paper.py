@@ -8,6 +8,7 @@ import os
 import re
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -18,11 +19,11 @@ from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, 
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 import data
-import ivpt
 import vit
-from train import (AGAIN, FREE, InputError, accuracy, complain, differences, find_device, folder_of, has_params,
-                   is_random, make_model, named, published, read, read_result, run_all, runs_of, say, segment, tasks_of,
-                   write_result)
+from train import (AGAIN, FREE, InputError, accuracy, answer, complain, differences, find_device, folder_of, has_params,
+                   is_random, make_model, named, published, read, read_configs, read_result, run_all, runs_of, say,
+                   tasks_of, write_result)
+from vit import Swin
 
 
 def main(args, changes, configs):
@@ -40,9 +41,7 @@ def main(args, changes, configs):
         draw_loss(runs, Path(os.path.commonpath(folders)) / 'loss.png')
         return 0
     device = find_device(runs[0].device)
-    entries = [configs['defaults'], *configs['methods'].values(), *configs['tasks'].values()]
-    code = {*named(args.method), *changes.values()}  # what the user names, here or in configs.yaml
-    code |= {entry[key] for entry in entries for key in ('tune', 'source') if key in entry}
+    code = {*named(args.method), *changes.values()}
     if args.noise is not None:
         return with_noise(folders, proportions(args.noise), device, changes, code)
     sources = {result['config'].get('source') for folder in folders if (result := read_result(folder))}
@@ -51,7 +50,7 @@ def main(args, changes, configs):
     return 0
 
 
-# ---- Tables (--report) -------------------------------------------------------------------------------
+# ---- Tables (--report) ----------------------------------------------------------------------------------
 
 
 def report(configs, folder, names=None, models=None, methods=None, seeds=None):
@@ -155,7 +154,53 @@ def spread(values):
     return f'{fmean(values):.1f}' + (f' ± {stdev(values):.1f}' if len(values) > 1 else '') if values else ''
 
 
-# ---- Images with noise (--noise, Figures 4 and 6) ----------------------------------------------------
+# ---- A finished run, opened -----------------------------------------------------------------------------
+
+
+def open_run(folder, device, changes=None, code=()):
+    """The settings, the names of the classes and the model of a finished run. changes: where its data and weights are
+    by now, if elsewhere. code: the methods and data sets in files that may be run, beside those that configs.yaml
+    names. Raises InputError if it was trained with other data or weights."""
+    result = read_result(folder)
+    if not result:
+        raise InputError(f'{folder}: no finished run; train it first')
+    if not has_params(folder, result):
+        raise InputError(f'{folder}: params.pth is not what result.json was measured with; train it again')
+    stored = result['config']
+    config = SimpleNamespace(**stored | {name: (changes or {}).get(name, stored[name]) for name in ('data', 'weights')})
+    for where in (config.tune, config.source):
+        if ':' in where and where not in {*code, *code_of(read_configs())}:
+            raise InputError(f'{folder}: it was made by {where}, which is code: name it with --method or --set source=')
+    if config.tune == 'all':  # params.pth is the whole model
+        config.weights = 'random'
+    model = make_model(config, len(result['classes'])).to(device).eval()
+    if config.tune != 'all' and config.backbone != stored['backbone']:
+        raise InputError(f'{folder} was tuned on another backbone than {config.weights} holds: backbone '
+                         f'{stored["backbone"]} -> {config.backbone}; name its file with --weights')
+    if getattr(config, 'code', None) != stored.get('code'):
+        raise InputError(f'{folder}: {config.tune} is not the code any more that made it; --again trains anew')
+    config.weights, config.backbone = stored['weights'], stored['backbone']
+    model.load_state_dict(vit.read_state_dict(folder / 'params.pth'), strict=False)
+    return config, result['classes'], model
+
+
+def code_of(configs):
+    """The functions in files that configs.yaml names, methods and data sets."""
+    entries = [configs['defaults'], *configs['methods'].values(), *configs['tasks'].values()]
+    return {entry[key] for entry in entries for key in ('tune', 'source') if key in entry}
+
+
+def task_of(config, folder):
+    """The task of a finished run. Raises InputError if its pictures are others by now."""
+    task = data.load(config)
+    now = data.digest(task, config)
+    if changed := differences({name: getattr(config, name, None) for name in now}, now):
+        raise InputError(f'{folder} was trained and tested on other pictures than {config.data} has: {changed}; name '
+                         'their folder with --data')
+    return task
+
+
+# ---- Images with noise (--noise, Figures 4 and 6) -------------------------------------------------------
 
 
 def with_noise(runs, rates, device, changes, code):
@@ -168,7 +213,7 @@ def with_noise(runs, rates, device, changes, code):
             config, classes, model = open_run(folder, device, changes, code)
             if config.source in data.MASKED:
                 raise InputError(f'{folder}: Figure 4 is about classes of pictures, and this is segmentation')
-            task, result = task_of(config, folder, code), read_result(folder)
+            task, result = task_of(config, folder), read_result(folder)
             scores = {f'{rate:g}': accuracy(model, task.test, config, device, rate) for rate in rates}
             write_result(folder, result | {'noise': result.get('noise', {}) | scores})
             for rate, score in zip(rates, scores.values()):
@@ -191,50 +236,7 @@ def proportions(text):
     raise InputError(f'--noise takes proportions from 0 to 1, as 0,0.1,0.2, not {text!r}')
 
 
-def open_run(folder, device, changes=None, code=()):
-    """The settings, the names of the classes and the model of a finished run. changes: where its data and weights are
-    by now, if elsewhere. code: the methods in files that may be run. Raises InputError if it was trained with other
-    data or weights."""
-    result = read_result(folder)
-    if not result:
-        raise InputError(f'{folder}: no finished run; train it first')
-    if not has_params(folder, result):
-        raise InputError(f'{folder}: params.pth is not what result.json was measured with; train it again')
-    stored = result['config']
-    config = SimpleNamespace(**stored | {name: (changes or {}).get(name, stored[name]) for name in ('data', 'weights')})
-    if ':' in config.tune:
-        check_code(config.tune, code, folder)
-    if config.tune == 'all':  # params.pth is the whole model
-        config.weights = 'random'
-    model = make_model(config, len(result['classes'])).to(device).eval()
-    if config.tune != 'all' and config.backbone != stored['backbone']:
-        raise InputError(f'{folder} was tuned on another backbone than {config.weights} holds: backbone '
-                         f'{stored["backbone"]} -> {config.backbone}; name its file with --weights')
-    if getattr(config, 'code', None) != stored.get('code'):
-        raise InputError(f'{folder}: {config.tune} is not the code any more that made it; --again trains anew')
-    config.weights, config.backbone = stored['weights'], stored['backbone']
-    model.load_state_dict(vit.read_state_dict(folder / 'params.pth'), strict=False)
-    return config, result['classes'], model
-
-
-def check_code(where, code, folder):
-    """Raise InputError for a function in a file that a result names, and the user does not: it is not run."""
-    if where not in code:
-        raise InputError(f'{folder}: it was made by {where}, which is code: name it with --method, or --set source=')
-
-
-def task_of(config, folder, code):
-    """The task of a finished run; code: as for `open_run`. Raises InputError if its pictures are others by now."""
-    check_code(config.source, {*code, *data.SOURCES}, folder)
-    task = data.load(config)
-    now = data.digest(task, config)
-    if changed := differences({name: getattr(config, name, None) for name in now}, now):
-        raise InputError(f'{folder} was trained and tested on other pictures than {config.data} has: {changed}; name '
-                         'their folder with --data')
-    return task
-
-
-# ---- A run at each value of a setting (--sweep, Figure 5) --------------------------------------------
+# ---- A run at each value of a setting (--sweep, Figure 5) -----------------------------------------------
 
 
 def swept(text, changes):
@@ -266,7 +268,7 @@ def sweep(runs, name, again):
     return status
 
 
-# ---- Where the class token looks (--show, --image, Figure 7) -----------------------------------------
+# ---- Where the class token looks (--show, --image, Figure 7) --------------------------------------------
 
 
 TILE = 112  # pixels of a picture and of a map
@@ -284,11 +286,11 @@ def show(folders, files, path, device, changes, code):
             raise InputError(f'{folder}: {config.method} has no `vit` whose layers could be looked at')
         pictures = [(data.read_image(file, data.resized(config)), -1) for file in files]
         if not files:
-            test = task_of(config, folder, code).test
+            test = task_of(config, folder).test
             pictures = [test[i] for i in range(min(4, len(test)))]
         for i, (image, label) in enumerate(pictures):
             image = next(data.batches([(image, label)], config, device))[0]
-            seen = ivpt.look(model, image)
+            seen = look(model, image)
             p, best = seen['logits'][0].float().softmax(dim=0).topk(min(5, len(classes)))
             truth = f', in truth {classes[label]}' if label >= 0 else ''
             row = tiles(image, seen, config.mean, config.std)
@@ -303,6 +305,42 @@ def show(folders, files, path, device, changes, code):
     strips = [head] + [strip for _, *row in rows for strip in row]
     to_pil_image(torch.cat(strips, dim=1)).save(path)
     say(f"the class token's attention in each layer, and outlined what AR reinforces after it: {path}")
+
+
+@torch.no_grad()
+def look(model, images):
+    """What an IVPT, or a plain ViT, does with images [B, 3, H, W]. Made by hooks: `forward` is as it is.
+
+    A dict: `logits` [B, C]; `w` [B, L, M], the class token's attention over the image tokens in each layer
+    (w̃ of Eq. 14); `Omega` [B, L-1, k], the image tokens that top-k chose, or None; `P_hat`, the prompts that
+    enter the layers, [L, N, D], or [B, L, N, D] if they are inherited, or None without prompts.
+    Of a Swin, with or without prompts, `w`, `Omega` and `P_hat` are lists with such a tensor for each stage."""
+    vit, P, rows, P_hat = getattr(model, 'vit', model), getattr(model, 'P', None), [], []
+    swin = isinstance(vit, Swin)
+
+    def ask(layer, inputs, options):
+        return inputs, options | {'need_weights': True}
+
+    def hook(layer, inputs, outputs):
+        rows.append(outputs[1] if swin else outputs[1][:, 1:1 + vit.M])
+        P_hat.append(None if P is None else inputs[-1][..., -P[0].shape[-2]:, :])  # [N, D] or [B, N, D]
+
+    layers = getattr(model, 'express', None) or vit.blocks
+    hooks = [layer.register_forward_pre_hook(ask, with_kwargs=True) for layer in layers]
+    hooks += [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        logits = model(images)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    rows, P_hat = iter(rows), iter(P_hat)
+    L = [n for n, _, _ in vit.sizes] if swin else [vit.L]
+    w = [torch.stack([*islice(rows, n)], dim=1) for n in L]
+    topk = getattr(model, 'reinforcement', '') == 'topk'
+    Omega = [model.choose(x) for x in (*w[:-1], w[-1][:, :-1])] if topk else None
+    P_hat = [torch.stack([*islice(P_hat, n)], dim=-3) for n in L] if P is not None else None
+    return {'logits': logits} | {name: x if swin or x is None else x[0]
+                                 for name, x in (('w', w), ('Omega', Omega), ('P_hat', P_hat))}
 
 
 def tiles(image, seen, mean, std):
@@ -343,34 +381,38 @@ def caption(words, row):
 
 
 def show_masks(folders, files, path, device, changes, code):
-    """Draw, in three columns, four test pictures of each finished run, their masks and its answers, and write it to
-    path; or, for files of the user's, its answer over each of them, in the run's folder."""
-    drawn = []
+    """Draw four test pictures of a task, their masks, and beside them the answer of each finished run, and write it to
+    path; or, for files of the user's, a run's answer over each of them, in the run's folder."""
+    rows, names, tasks = {}, ['picture', 'mask'], set()
     for folder in folders:
         config, classes, model = open_run(folder, device, changes, code)
-        if config.source not in data.MASKED:
-            raise InputError(f'{folder}: its pictures have no masks; draw it apart')
+        tasks.add(config.task)
+        if config.source not in data.MASKED or len(tasks) > 1:
+            raise InputError(f'{folder}: runs with masks are drawn by themselves, and each task apart')
         for file in files:
             image, place = data.read_image(file, None), folder / f'{Path(file).stem}-mask.png'
-            answer = segment(model, image, config, device)
-            to_pil_image(painted(image, answer, len(classes))).save(place)
-            say(f'{place}: ' + ', '.join(f'{classes[c]} {(answer == c).float().mean():.1%}' for c in answer.unique()))
-        test = [] if files else task_of(config, folder, code).test
-        for image, mask in (test[i] for i in range(min(4, len(test)))):
-            answers = [painted(image, x, len(classes)) for x in (mask, segment(model, image, config, device))]
-            drawn += [resize(x, [TILE, TILE]) for x in (image, *answers)]
-    if drawn:
-        grid = make_grid(drawn, nrow=3, pad_value=255)
-        to_pil_image(torch.cat([caption(['picture', 'mask', 'answer'], grid), grid], dim=1)).save(path)
+            found = answer(model, image, config, device)
+            to_pil_image(painted(image, found, len(classes))).save(place)
+            say(f'{place}: ' + ', '.join(f'{classes[c]} {(found == c).float().mean():.1%}' for c in found.unique()))
+        names.append(f'{config.method}, seed {config.seed}')
+        test = [] if files else task_of(config, folder).test
+        for i in range(min(4, len(test))):
+            image, mask = test[i]
+            row = rows.setdefault(i, [image, painted(image, mask, len(classes))])
+            row.append(painted(image, answer(model, image, config, device), len(classes)))
+    if rows:
+        drawn = make_grid([resize(x, [TILE, TILE]) for row in rows.values() for x in row], len(names), pad_value=255)
+        to_pil_image(torch.cat([caption(names, drawn), drawn], dim=1)).save(path)
         say(f'pictures, their masks, and the answers of {", ".join(map(str, folders))}: {path}')
 
 
 def painted(image, mask, n):
     """An image, uint8 [3, H, W], under the colours of n classes: mask [H, W] has their ids."""
-    return draw_segmentation_masks(image, mask == torch.arange(n).view(-1, 1, 1), alpha=0.6)
+    colours = list(COLOURS[:n]) if n <= len(COLOURS) else None  # None: torchvision's
+    return draw_segmentation_masks(image, mask == torch.arange(n).view(-1, 1, 1), alpha=0.6, colors=colours)
 
 
-# ---- Curves ------------------------------------------------------------------------------------------
+# ---- Curves ---------------------------------------------------------------------------------------------
 
 
 COLOURS = '#000000', '#d55e00', '#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9'

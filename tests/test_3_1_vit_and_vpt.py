@@ -10,7 +10,8 @@ from hypothesis import given, settings
 
 import oracle
 import vit
-from ivpt import IVPT, look
+from ivpt import IVPT
+from paper import look
 from oracle import close, gradients
 from strategies import METHODS, OTHERS, Case, cases, plain_vit, random_layer, random_model, random_vit
 

@@ -18,7 +18,8 @@ import data
 import oracle
 import train
 import vit
-from ivpt import IVPT, cdc, cdc_da, look, vanilla_cdc
+from ivpt import IVPT, cdc, cdc_da, vanilla_cdc
+from paper import look
 from oracle import close
 from pictures import tiny
 from strategies import METHODS, OTHERS, Case, cases, random_model

@@ -8,7 +8,8 @@ from hypothesis import find, given, settings
 
 import oracle
 import vit
-from ivpt import IVPT, look, reinforce_, top_k
+from ivpt import IVPT, reinforce_, top_k
+from paper import look
 from oracle import close
 from strategies import METHODS, OTHERS, Case, cases, plain_vit, random_model, randomised
 

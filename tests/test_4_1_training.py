@@ -8,7 +8,6 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import CONFIGS, folder_of, run, tiny

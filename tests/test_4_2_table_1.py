@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from test_4_accounting import VTAB
 from torch import nn
 
-import ivpt
+import paper
 import vit
 
 GOLDEN = json.loads((Path(__file__).parent / 'table_1.json').read_text())
@@ -614,8 +614,8 @@ def test_gates_of_gapt_are_open_and_shut():
 
 def test_attention_maps_and_prompts_can_be_looked_at():
     model, gapt = system('lora', tiny()), filled('gapt')
-    close(ivpt.look(model, IMAGES)['w'], ivpt.look(tiny(), IMAGES)['w'], atol=1e-12)
-    seen = ivpt.look(gapt, IMAGES)['P_hat']  # [B, L, N, D]
+    close(paper.look(model, IMAGES)['w'], paper.look(tiny(), IMAGES)['w'], atol=1e-12)
+    seen = paper.look(gapt, IMAGES)['P_hat']  # [B, L, N, D]
     close(seen[:, 0], gapt.P.expand(2, -1, -1), atol=0)
     assert seen.shape == (2, 3, 4, 32) and not seen[0, 2].allclose(seen[1, 2])
 

@@ -17,7 +17,8 @@ import ivpt
 import oracle
 import train
 import vit
-from ivpt import IVPT, Express, add_last, all_tokens, cdc, look, reinforce_, top_k, vanilla_cdc
+from ivpt import IVPT, Express, add_last, all_tokens, cdc, reinforce_, top_k, vanilla_cdc
+from paper import look
 from oracle import close
 from strategies import METHODS, OTHERS, Case, cases, plain_vit, random_layer, random_model, random_vit
 

@@ -33,7 +33,7 @@ import paper
 import shapes
 import train
 import vit
-from ivpt import IVPTSwin, cdc_da, look
+from ivpt import IVPTSwin, cdc_da
 from vit import InputError
 
 GOLDEN = json.loads((Path(__file__).parent / 'swin.json').read_text())
@@ -355,7 +355,7 @@ def test_the_model_is_the_literal_form_in_logits_and_gradients(method, case, siz
 def test_what_is_seen_is_what_the_literal_form_computes_stage_by_stage(case, size):
     """Eq. 14. Maps have another size in each stage."""
     model = tuned(case, size)
-    seen, expected = look(model, images(case, size)), literal_ivpt(model, images(case, size), size[0])
+    seen, expected = paper.look(model, images(case, size)), literal_ivpt(model, images(case, size), size[0])
     close(seen['logits'], expected.logits.detach())
     for name, dim in ('w', 1), ('Omega', 1), ('P_hat', 0):
         assert [x.shape[dim] for x in seen[name]] == [n - (name == 'Omega' and i + 1 == len(size[1]))
@@ -371,14 +371,14 @@ def test_only_with_top_k_are_there_chosen_tokens_to_be_seen(method):
     case = Case(B=1, L=2, N=2, M=4, N_h=1, d=2, k=2, C=2, seed=0)
     for model, pixels in ((tuned(case, SIZES[0], method), images(case, SIZES[0])),
                           (random_model(case, **ON_SWIN[method]), case.images())):
-        assert (look(model, pixels)['Omega'] is not None) == (ON_SWIN[method]['reinforcement'] == 'topk')
+        assert (paper.look(model, pixels)['Omega'] is not None) == (ON_SWIN[method]['reinforcement'] == 'topk')
 
 
 @settings(max_examples=settings().max_examples // 2)
 @given(cases(), sizes)
 def test_a_swin_without_prompts_can_be_looked_at_too(case, size):
     """All that the queries of a window spend is received in it: 1 a query, so that the mean over tokens is 1/w²."""
-    seen = look(randomised(small(case, size), case), images(case, size))
+    seen = paper.look(randomised(small(case, size), case), images(case, size))
     assert seen['Omega'] is seen['P_hat'] is None
     for w in seen['w']:
         close(w.mean(dim=2), torch.full(w.shape[:2], 1 / size[0] ** 2, dtype=torch.float64))

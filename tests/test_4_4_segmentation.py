@@ -51,7 +51,7 @@ def literal_decoder(decoder, Z, size):
     side = round(Z.shape[1] ** 0.5)
     x = layer_norm(decoder.norm, Z).transpose(1, 2).reshape(len(Z), -1, side, side)
     convolutions = [m for m in decoder.layers if isinstance(m, nn.Conv2d)]
-    norms = [m for m in decoder.layers if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in decoder.layers if isinstance(m, nn.SyncBatchNorm)]
     for i, (convolution, norm) in enumerate(zip(convolutions, norms)):
         if i:
             x = F.interpolate(x, scale_factor=2, mode='bilinear')
@@ -152,19 +152,19 @@ def settings(**changes):
 @pytest.mark.parametrize('n, expected', [(512, [0]), (513, [0, 1]), (683, [0, 171]), (853, [0, 341]), (1024, [0, 341, 512]),
                                          (2048, [0, 341, 682, 1023, 1364, 1536])])
 def test_windows_of_512_start_where_setrs_do(n, expected):
-    assert train.starts(n, 512) == expected
+    assert ivpt.starts(n, 512) == expected
 
 
 @given(st.integers(3, 40), st.integers(3, 40), st.integers(3, 12))
 def test_a_model_that_sees_one_pixel_says_the_same_in_windows(H, W, size):
     model, images = Pixelwise(), torch.randn(2, 3, H, W)
-    torch.testing.assert_close(train.slide(model, images, size), model(images))
+    torch.testing.assert_close(ivpt.slide(model, images, size), model(images))
     assert {*model.seen[:-1]} == {(size, size)}
 
 
 def test_where_windows_overlap_their_mean_counts():
     model = lambda images: images[:, :1] * 0 + torch.arange(6.0)  # the column in the window
-    found = train.slide(model, torch.zeros(1, 3, 6, 8), 6)  # windows from column 0 and 2
+    found = ivpt.slide(model, torch.zeros(1, 3, 6, 8), 6)  # windows from column 0 and 2
     assert found[0, 0, 0].tolist() == [0, 1, 1, 2, 3, 4, 4, 5]
 
 
@@ -178,17 +178,17 @@ def test_a_mirrored_image_has_a_mirrored_answer_at_several_scales(H, W, seed):
     image = torch.from_numpy(rng.integers(0, 256, (3, H, W), dtype=np.uint8))
     image[:, :, W // 2:] = 128  # it has two sides
     config = settings(img_size=8)
-    a, b = (train.segment(sided, x, config, CPU, [0.5, 1.0, 1.75]) for x in (image, image.flip(-1)))
+    a, b = (train.answer(sided, x, config, CPU, [0.5, 1.0, 1.75]) for x in (image, image.flip(-1)))
     assert a.shape == (H, W) and (a == b.flip(-1)).float().mean() > 0.97  # but for ties
 
 
 def test_the_scales_are_those_of_the_shorter_side_and_small_ones_are_padded():
     model, seen = Pixelwise(), []
-    slide = train.slide
+    slide = ivpt.slide
     image = torch.zeros(3, 20, 30, dtype=torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, 'slide', lambda model, images, size: seen.append(tuple(images.shape[2:])) or slide(model, images, size))
-        train.segment(model, image, settings(img_size=8), CPU, [0.5, 2.0])
+        patch.setattr(ivpt, 'slide', lambda model, images, size: seen.append(tuple(images.shape[2:])) or slide(model, images, size))
+        train.answer(model, image, settings(img_size=8), CPU, [0.5, 2.0])
     assert seen == [(4, 6), (4, 6), (16, 24), (16, 24)] and {*model.seen} == {(8, 8)}
 
 
@@ -198,14 +198,14 @@ def test_of_several_views_the_mean_of_probabilities_counts_and_not_that_of_logit
     def model(images):
         return torch.tensor(next(views)).view(1, 2, 1, 1).expand(1, 2, *images.shape[2:])
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    assert (train.segment(model, image, settings(img_size=8), CPU, [0.5, 1.0]) == 1).all()
+    assert (train.answer(model, image, settings(img_size=8), CPU, [0.5, 1.0]) == 1).all()
 
 
 def test_an_image_of_the_models_size_gets_the_class_of_the_largest_logit():
     image = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
     x = (image / 255 - 0.5) / 0.5
     expected = (x * torch.tensor([1.0, 2.0, 0.5]).view(3, 1, 1)).argmax(dim=0)
-    assert torch.equal(train.segment(Pixelwise(), image, settings(img_size=8), CPU), expected)
+    assert torch.equal(train.answer(Pixelwise(), image, settings(img_size=8), CPU), expected)
 
 
 @given(st.integers(1, 4), st.integers(0, 999))
@@ -217,7 +217,7 @@ def test_miou_and_pixel_accuracy_are_those_of_a_loop_over_pixels(n, seed):
         pictures.append((torch.from_numpy(rng.integers(0, 256, (3, 5, 5), dtype=np.uint8)), torch.from_numpy(mask)))
     both, either, right, labelled = [0] * 3, [0] * 3, 0, 0
     for image, mask in pictures:
-        answer = train.segment(model, image, config, CPU)
+        answer = train.answer(model, image, config, CPU)
         for y, x in np.ndindex(5, 5):
             if mask[y, x] != IGNORED:
                 labelled += 1
@@ -242,9 +242,9 @@ def test_a_test_alone_is_at_several_scales_too(scales, score_on, expected, monke
 
 def test_miou_of_a_small_table():
     K = torch.tensor([[3.0, 1, 0], [2, 4, 0], [0, 0, 0]])  # 3 / 6 and 4 / 7; nobody saw the third class
-    assert train.mean_iou(K) == pytest.approx((3 / 6 + 4 / 7) / 2)
+    assert ivpt.mean_iou(K) == pytest.approx((3 / 6 + 4 / 7) / 2)
     with pytest.raises(InputError, match='no pixel .* is labelled'):
-        train.mean_iou(torch.zeros(3, 3))
+        ivpt.mean_iou(torch.zeros(3, 3))
 
 
 # ---- Masks and augmentation -----------------------------------------------------------------------------
@@ -518,18 +518,18 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_show_draws_picture_truth_and_answer_side_by_side(runs):
+def test_show_draws_picture_truth_and_the_answer_of_each_run_side_by_side(runs):
     assert train.main(['--task', 'shapes_masks', '--method', 'linear,cdc', '--weights', 'random', '--show', '--set', f'runs={runs}']) == 0
     drawn = np.asarray(Image.open(runs / 'shapes_masks' / NANO / 'masks.png')).astype(int)
     drawn, side = drawn[18:], paper.TILE + 2  # below the words
-    assert drawn.shape == (6 * side + 2, 3 * side + 2, 3)  # three test pictures of each run
-    tile = lambda row, column: drawn[2 + row * side:(row + 1) * side, 2 + column * side:(column + 1) * side]
-    assert (tile(0, 0) == tile(3, 0)).all() and (tile(0, 1) == tile(3, 1)).all() and (tile(0, 0) != tile(1, 0)).any()
-    config, classes, model = paper.open_run(runs / 'shapes_masks' / NANO / 'linear' / 'seed0', CPU)
-    image, mask = data.load(config).test[0]
-    for column, labels in (1, mask), (2, train.segment(model, image, config, CPU)):
-        expected = data.resize(paper.painted(image, labels, 4), [paper.TILE, paper.TILE]).permute(1, 2, 0).numpy()
-        assert (tile(0, column) == expected).all()
+    assert drawn.shape == (3 * side + 2, 4 * side + 2, 3)  # three test pictures, two runs
+    for column, method in enumerate(('linear', 'cdc'), start=2):
+        config, classes, model = paper.open_run(runs / 'shapes_masks' / NANO / method / 'seed0', CPU)
+        for row, (image, mask) in enumerate(data.load(config).test):
+            answer = paper.painted(image, train.answer(model, image, config, CPU), 4)
+            for at, picture in (0, image), (1, paper.painted(image, mask, 4)), (column, answer):
+                tile = drawn[2 + row * side:(row + 1) * side, 2 + at * side:(at + 1) * side]
+                assert (tile == data.resize(picture, [paper.TILE, paper.TILE]).permute(1, 2, 0).numpy()).all()
 
 
 def test_the_answer_is_painted_over_a_photo_in_its_own_size(runs, tmp_path, capsys):
@@ -563,20 +563,16 @@ def test_a_search_takes_the_best_miou(tmp_path):
 def test_runs_with_and_without_masks_are_not_drawn_together(runs, tmp_path, capsys):
     assert run(runs, '--task', 'where_blue', '--method', 'linear', **SMALL) == 0
     assert train.main(['--task', 'shapes_masks,where_blue', '--method', 'linear', '--weights', 'random', '--show', '--set', f'runs={runs}']) == 2
-    assert 'its pictures have no masks; draw it apart' in capsys.readouterr().err
+    assert 'runs with masks are drawn by themselves' in capsys.readouterr().err
 
 
-def test_processes_that_share_a_run_synchronise_batch_norm_on_gpus_and_refuse_on_a_cpu(monkeypatch):
+def test_batch_norms_are_those_that_processes_synchronise_and_on_cpus_a_shared_run_is_refused(tmp_path, monkeypatch):
     model = train.make_model(tiny('shapes_masks', 'cdc'), 4)
-    names, plain = list(model.state_dict()), train.make_model(tiny('where_blue', 'cdc'), 9)
-    assert train.synchronised(model, CPU) is model and not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 7 and {type(m) for m in norms} == {nn.SyncBatchNorm}
     monkeypatch.setattr(train, 'parts', lambda: (0, 2))
-    with pytest.raises(InputError, match='cpu: torch synchronises no batch norm there'):
-        train.synchronised(model, CPU)
-    assert train.synchronised(plain, CPU) is plain
-    model = train.synchronised(model, torch.device('cuda'))
-    assert sum(isinstance(m, nn.SyncBatchNorm) for m in model.modules()) == 7 and list(model.state_dict()) == names
-    assert not any(type(m) is nn.BatchNorm2d for m in model.modules())
+    with pytest.raises(InputError, match='torch synchronises no batch norm on CPUs'):
+        train.run(tiny('shapes_masks', 'cdc', runs=str(tmp_path)))
 
 
 def test_the_losses_of_parts_weigh_as_that_of_the_whole_batch_wherever_labels_lie():

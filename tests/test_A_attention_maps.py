@@ -13,10 +13,9 @@ from pictures import NANO, images_tested, save_picture
 from strategies import METHODS, OTHERS, cases, random_model, random_vit
 from torchvision.transforms.functional import pil_to_tensor, resize
 
-import ivpt
 import paper
 import train
-from ivpt import look
+from paper import look
 
 TINY = ['--set', 'n_train=40', 'n_val=10', 'n_test=6', 'epochs=1']
 
@@ -160,7 +159,8 @@ def own(tmp_path_factory):
 def looked(monkeypatch):
     """What train.py looks at: (the images, what is seen of them), in order."""
     seen = []
-    monkeypatch.setattr(ivpt, 'look', lambda model, images: seen.append((images, look(model, images))) or seen[-1][1])
+    monkeypatch.setattr(train, 'code_in', lambda path: paper)
+    monkeypatch.setattr(paper, 'look', lambda model, images: seen.append((images, look(model, images))) or seen[-1][1])
     return seen
 
 
