@@ -55,7 +55,7 @@ def generator(config):
 
 
 def nothing(config):
-    return greys(config).train
+    return tuple(greys(config))
 
 
 def broken(config):
@@ -112,7 +112,7 @@ def files(config):
 
 @pytest.mark.parametrize('name, said', [
     ('missing.py:greys', 'FileNotFoundError'), ('mine.py:grays', "no attribute 'grays'"), ('wrong.py:greys', 'SyntaxError'),
-    ('mine.py:broken', "no attribute 'no_such_setting'"), ('mine.py:nothing', 'returned a list, and not a data.Task'),
+    ('mine.py:broken', "no attribute 'no_such_setting'"), ('mine.py:nothing', 'returned a tuple, and not a data.Task'),
     ('mine.py:generator', 'returned a Task, and not a data.Task of lists or data.Files'),
     ('mine.py:floats', 'an image is torch.float32 [3, 24, 24], not uint8 [3, H, W] from 24 pixels on'),
     ('mine.py:small', 'an image is torch.uint8 [3, 23, 23], not uint8'), ('mine.py:arrays', 'an image is uint8 [3, 24, 24]'),
@@ -143,12 +143,14 @@ def test_looks_and_colours_that_the_shapes_do_not_have_are_one_line(task, settin
 
 @pytest.mark.parametrize('key', ['source', 'tune'])
 @pytest.mark.parametrize('suffix', ['.py', '.pyc'])
-def test_only_files_that_the_user_or_configs_yaml_names_are_run(key, suffix, tmp_path, capfd):
+def test_only_files_that_the_user_or_configs_yaml_names_are_run(key, suffix, tmp_path, monkeypatch, capfd):
     """A result that names one is data."""
+    monkeypatch.chdir(tmp_path)  # where no tests/shapes.py is: it is beside data.py
     assert run(tmp_path / 'runs', '--method', 'linear', **SMALL) == 0
     (tmp_path / 'evil.py').write_text(f'open({str(tmp_path / "was_run")!r}, "w")')
     py_compile.compile(tmp_path / 'evil.py', tmp_path / 'evil.pyc')
     file, = tmp_path.rglob('result.json')
+    assert train.main(['--show', '--run', str(file.parent)]) == 0
     result = json.loads(file.read_text())
     result['config'][key] = name = f'{tmp_path}/evil{suffix}:f'
     train.write_result(file.parent, result)
