@@ -55,8 +55,8 @@ def from_file(where, check, *arguments):
         made = getattr(code_in(find(where)), where.rpartition(':')[2])(*arguments)
         check(made, *arguments)
     except Exception as error:
-        said = str(error) if isinstance(error, InputError) else f'{where}: {type(error).__name__}: {error}'
-        raise InputError(said) from None
+        kind = '' if isinstance(error, InputError) else f'{type(error).__name__}: '
+        raise InputError(f'{where}: {kind}{error}') from None
     return made
 
 

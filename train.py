@@ -679,7 +679,8 @@ RULES = {
     'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
     'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4),
-    'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
+    'N': between(1, 1000), 'k': between(0, 10 ** 6),
+    **dict.fromkeys(('cache_gb', 'paper_backbone_params'), between(0, 1e6)),
     'tune': (re.compile(r'prompts|bias|head|all|.*\.py:.*').fullmatch,
              'is one of prompts, bias, head, all, FILE.py:NAME'),
     'score_on': one_of('test', 'val'), 'augment': one_of('crop_flip', 'scale_crop', 'none'),

@@ -500,7 +500,7 @@ MUTANTS = [
     ('what configs.yaml names is not run', 'tests/paper.py', "for key in ('tune', 'source')", "for key in ('tune',)", OWN_DATA),
     ('a file is not looked for as it is given', 'data.py', 'path if path.exists() else', '', OWN_DATA),
     ('a file is not looked for beside data.py', 'data.py', ' else Path(__file__).resolve().parent / path', ' else path', OWN_DATA),
-    ("a file's own word on wrong input is wrapped", 'data.py', 'str(error) if isinstance(error, InputError) else f', 'f', OWN_DATA),
+    ("a file's own word on wrong input is wrapped", 'data.py', "'' if isinstance(error, InputError) else f", 'f', OWN_DATA),
     ('a data set may be anything', 'data.py', 'isinstance(task, Task) and all(', 'all(', OWN_DATA),
     ('a set may be a generator', 'data.py', 'isinstance(pictures, (list, Files)) for', 'True for', OWN_DATA),
     ('a picture may have any numbers', 'data.py', '(image.dtype, len(image)) == (torch.uint8, 3)', 'len(image) == 3', OWN_DATA),
