@@ -55,8 +55,8 @@ def from_file(where, check, *arguments):
         made = getattr(code_in(find(where)), where.rpartition(':')[2])(*arguments)
         check(made, *arguments)
     except Exception as error:
-        said = str(error) if isinstance(error, InputError) else f'{where}: {type(error).__name__}: {error}'
-        raise InputError(said) from None
+        kind = '' if isinstance(error, InputError) else f'{type(error).__name__}: '
+        raise InputError(f'{where}: {kind}{error}') from None
     return made
 
 
@@ -81,7 +81,8 @@ def check_task(task, config):
     S, n = config.img_size, len(task.classes)
     for pictures in task[:3]:
         for image, label in getattr(pictures, 'samples', pictures):
-            if isinstance(pictures, list) and ((image.dtype, len(image)) != (torch.uint8, 3) or min(image.shape[1:]) < S):
+            right = isinstance(pictures, Files) or (image.dtype, len(image)) == (torch.uint8, 3)
+            if not right or isinstance(pictures, list) and min(image.shape[1:]) < S:
                 raise ValueError(f'an image is {image.dtype} {[*image.shape]}, not uint8 [3, H, W] from {S} pixels on')
             if config.source not in MASKED and not (type(label) is int and 0 <= label < n):
                 raise ValueError(f'a label is {label!r}, and not a class, an int from 0 to {n - 1}')
@@ -184,6 +185,15 @@ def in_memory(pictures, config, device):
     if device.type == 'cuda' and sum(x.nbytes for x, _ in kept) > torch.cuda.mem_get_info(device)[0] / 2:
         return kept
     return [(image.to(device), label) for image, label in kept]
+
+
+def learned_and_scored(task, config, device):
+    """The pictures to train on and those to score, decoded once: none of them is broken. Raises InputError."""
+    learn, score = (task.train + task.val, task.test) if config.score_on == 'test' else (task.train, task.val)
+    if not len(learn) or not len(score):
+        raise InputError(f'{len(learn)} images to train on and {len(score)} of {config.score_on} to score: look at '
+                         'n_train and n_val, and at the lists of the data set')
+    return in_memory(learn, config, device), in_memory(score, config, torch.device('cpu'))
 
 
 def workers_of(config):

@@ -49,10 +49,7 @@ HERE = Path(__file__).resolve().parent
 # ---- The loop -------------------------------------------------------------------------------------------
 
 
-OFF = torch.amp.GradScaler('cpu', enabled=False)
-
-
-def train(model, optimizer, pictures, config, device, done=0, scaler=OFF):
+def train(model, optimizer, pictures, config, device, done=0, scaler=torch.amp.GradScaler('cpu', enabled=False)):
     """Train what the optimizer holds, after `done` epochs; after each yield its loss, learning rate and images/s.
 
     Every random number depends on the seed and the epoch alone, so that an interruption changes nothing. Processes that
@@ -80,7 +77,7 @@ def train(model, optimizer, pictures, config, device, done=0, scaler=OFF):
             scaler.step(optimizer)
             scaler.update()
             losses.append(loss.detach() / world)
-            live(f'epoch {epoch + 1}, step {step + 1}/{len(sizes)}')
+            say(f'epoch {epoch + 1}, step {step + 1}/{len(sizes)}', live=True)
         losses = summed(torch.stack(losses)).tolist()
         for step, loss in enumerate(losses, start=1):
             if not math.isfinite(loss):
@@ -306,7 +303,8 @@ def run(config, again=False):
     if parts()[1] > 1 and device.type == 'cpu' and config.source in data.MASKED:
         raise InputError('torch synchronises no batch norm on CPUs, so no run with masks is shared: leave out torchrun')
     place = folder / AGAIN if again else folder
-    learn, score = decoded(config, task, device)
+    say('decoding images', live=True)
+    learn, score = data.learned_and_scored(task, config, device)
     if hasattr(model, 'prepare'):
         model.prepare(data.batches(task.train, config, device))
     optimizer = make_optimizer(model, config)
@@ -327,16 +325,6 @@ def run(config, again=False):
         if isinstance(stop, KeyboardInterrupt):
             raise KeyboardInterrupt(f'stopped. {kept}; the same command goes on from there') from None
         raise InputError(f'{stop}. {kept}. Lower the learning rate: --set lr={config.lr / 4:g}') from None
-
-
-def decoded(config, task, device):
-    """The pictures to train on and those to score, decoded once: in memory where they fit, and none of them broken."""
-    learn, score = (task.train + task.val, task.test) if config.score_on == 'test' else (task.train, task.val)
-    if not len(learn) or not len(score):
-        raise InputError(f'{len(learn)} images to train on and {len(score)} of {config.score_on} to score: look at '
-                         'n_train and n_val, and at the lists of the data set')
-    live(f'decoding {len(learn)} + {len(score)} images')
-    return data.in_memory(learn, config, device), data.in_memory(score, config, torch.device('cpu'))
 
 
 def finish(folder, model, score, task, config, records, device):
@@ -395,16 +383,11 @@ def header(config, task, model, device, why):
     say(f'numbers   {config.precision}: {why}')
 
 
-def live(line):
-    """On a terminal, show a line that the next one overwrites."""
-    if sys.stdout.isatty() and parts()[0] == 0:
-        print(f'\r{line:<79}', end='', flush=True)
-
-
-def say(line):
-    """Print a line, over a live one if there is one."""
-    if parts()[0] == 0:
-        print(f'\r{line:<79}' if sys.stdout.isatty() else line, flush=True)
+def say(line, live=False):
+    """Print a line, over a live one if there is one. A live one is for terminals: the next one overwrites it."""
+    terminal = sys.stdout.isatty()
+    if parts()[0] == 0 and (terminal or not live):
+        print(f'\r{line:<79}' if terminal else line, end='' if live else '\n', flush=True)
 
 
 # ---- The files of a run: whole at every moment, and found out if they are not ----------------------------
@@ -696,7 +679,8 @@ RULES = {
     'seed': between(0, 4293),  # times 1,000,003, torch's 32 bits
     'classes': between(0, 10 ** 6), 'n_train': between(1, 10 ** 8), 'n_val': between(0, 10 ** 8),
     'n_test': between(1, 10 ** 8), 'img_size': between(0, 10 ** 4), 'grain': between(0, 1e4),
-    'cache_gb': between(0, 1e6), 'N': between(1, 1000), 'k': between(0, 10 ** 6),
+    'N': between(1, 1000), 'k': between(0, 10 ** 6),
+    **dict.fromkeys(('cache_gb', 'paper_backbone_params'), between(0, 1e6)),
     'tune': (re.compile(r'prompts|bias|head|all|.*\.py:.*').fullmatch,
              'is one of prompts, bias, head, all, FILE.py:NAME'),
     'score_on': one_of('test', 'val'), 'augment': one_of('crop_flip', 'scale_crop', 'none'),

@@ -126,9 +126,9 @@ def test_a_file_that_is_missing_or_raises_or_returns_something_else_is_one_line(
     assert not list(tmp_path.rglob('runs/*'))
 
 
-def test_what_it_says_of_wrong_input_itself_is_said_as_it_is(file, tmp_path, capfd):
+def test_what_it_says_of_wrong_input_itself_is_said_with_its_name_alone(file, tmp_path, capfd):
     assert run(tmp_path / 'runs', '--method', 'linear', '--set', f'source={file}:refused', **SMALL) == 2
-    assert capfd.readouterr().err == 'train.py: unpack it first\n'
+    assert capfd.readouterr().err == f'train.py: {file}:refused: unpack it first\n'
 
 
 @pytest.mark.parametrize('setting, said', [

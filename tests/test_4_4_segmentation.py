@@ -439,7 +439,7 @@ def test_bad_pictures_are_one_line_with_the_files_name_before_training(spoil, sa
     spoil(ade(tmp_path))
     config = ade_settings(tmp_path)
     with pytest.raises(InputError, match=said) as error:
-        train.decoded(config, data.load(config), CPU)
+        data.learned_and_scored(data.load(config), config, CPU)
     assert '\n' not in str(error.value)
 
 
