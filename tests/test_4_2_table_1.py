@@ -32,10 +32,12 @@ import pytest
 import table_1
 import torch
 import torch.nn.functional as F
+from pictures import NANO, run
 from test_4_accounting import VTAB
 from torch import nn
 
 import paper
+import train
 import vit
 
 GOLDEN = json.loads((Path(__file__).parent / 'table_1.json').read_text())
@@ -711,3 +713,16 @@ def test_snf_without_planar_flows_has_the_36_864_numbers_of_its_abstract():
 
 def test_gapt_has_768_N_and_23():
     assert million('gapt') == pytest.approx(0.076823)
+
+
+@pytest.mark.parametrize('method', ['lora', 'sct'])
+def test_a_search_of_a_system_trains_at_the_best_of_its_rates_alone(method, tmp_path):
+    """Of sct the channels are found anew for each point, from the pictures that it is trained on."""
+    how = dict(n_train=16, n_val=8, n_test=8, epochs=1, batch=8, grid='{lr: [0.00001, 0.01]}')
+    assert run(tmp_path, '--task', 'where_blue', '--method', method, '--search', **how) == 0
+    folder = tmp_path / 'where_blue' / NANO / method / 'seed0'
+    rows = json.loads((folder / 'search.json').read_text())
+    points = {row['lr']: train.read_result(folder / 'search' / f'lr={row["lr"]}') for row in rows}
+    assert {lr: point['accuracy'] for lr, point in points.items()} == {row['lr']: row['accuracy'] for row in rows}
+    assert [*sorted(points)] == [0.00001, 0.01] and all(point['score_on'] == 'val' for point in points.values())
+    assert train.read_result(folder)['config']['lr'] == rows[0]['lr']
