@@ -393,7 +393,7 @@ MUTANTS = [
      '    write_result(folder, result)\n', "    write_result(folder, result)\n    write(folder / 'params.pth', file.getvalue())\n", STOPS),
     ('a run: a run goes on with other settings', 'train.py', 'if changed := differences(old, vars(config))', 'if False', STOPS),
     ('a run: a finished run is run again', 'train.py', 'if not again and (result', 'if False and (result', STOPS),
-    ('a run: the log has the last epoch alone', 'train.py', 'for record in records).encode()', 'for record in records[-1:]).encode()', STOPS),
+    ('a run: the log has the last epoch alone', 'train.py', 'for record in records).encode()', 'for record in records[-1:]).encode()', LOOP),
     ('a run: the log is not written again after an interruption', 'train.py', "    write_log(place, records)", '    pass', STOPS),
     ('a run: a mistake is said once a run', 'train.py', 'if str(error) not in said', 'if True', STOPS),
     # Figures 4 to 6, and the loss
