@@ -323,7 +323,7 @@ def test_a_run_leaves_its_settings_a_line_an_epoch_the_parameters_and_the_result
     assert result['trained_parameters'] == sum(x.numel() for x in torch.load(folder / 'params.pth', weights_only=True).values())
 
 
-def test_an_old_run_stays_whole_until_the_one_that_is_made_again_has_ended(tmp_path, monkeypatch):
+def test_an_old_run_stays_whole_until_the_one_that_is_made_again_has_ended(tmp_path, monkeypatch, capsys):
     """And the same command goes on from where it was stopped; what was stopped with other settings is dropped."""
     def contents():
         return {path.name: path.read_bytes() for path in folder_of(tmp_path).iterdir() if path.is_file()}
@@ -339,7 +339,9 @@ def test_an_old_run_stays_whole_until_the_one_that_is_made_again_has_ended(tmp_p
             patch.setattr(train, 'train', stopped)
             train.run(config, again=True)
         assert contents() == old and train.run(first)['config']['lr'] == first.lr
+    capsys.readouterr()
     result = train.run(changed, again=True)
+    assert 'resumed   after epoch 1 of ' in capsys.readouterr().out
     assert json.loads(contents()['result.json']) == result and result['config']['lr'] == 0.5
     assert set(contents()) == set(old) and not (folder_of(tmp_path) / 'again').exists()
     once = train.run(tiny(runs=str(tmp_path / 'once'), img_size=24, lr=0.5))

@@ -121,6 +121,9 @@ def test_its_own_settings_stand_in_its_entry_and_can_be_set(file, tmp_path, capf
             train.settings(configs, 'where_blue', 'mine', NANO, change)
     with pytest.raises(train.InputError, match="unknown setting 'size'"):
         train.settings(configs, 'where_blue', 'vpt', NANO, {'size': 5})
+    configs['methods']['vpt']['size'] = 5  # it is in no file
+    with pytest.raises(train.InputError, match="methods: vpt: unknown setting 'size'"):
+        train.settings(configs, 'where_blue', 'vpt', NANO)
 
 
 @pytest.mark.parametrize('name, said', [
