@@ -91,7 +91,7 @@ def collect(folder, tasks, models, methods, seeds):
                 raise InputError(f'{path}: there are two results of {", ".join(map(str, key))}; move one away')
             results[key] = result
             if 'multi_scale' in result:  # Table 7's second column
-                results[model, f'{task}_ms', *run] = result | {'accuracy': result['multi_scale']}
+                results[(model, f'{task}_ms', *run)] = result | {'accuracy': result['multi_scale']}
     if not results:
         raise InputError(f'{folder}: no finished run of what is named; train it first, or name the folder with '
                          '--set runs=DIR')
