@@ -157,39 +157,6 @@ def accuracy(model, pictures, config, device, noise=0.0):
     return summed(right).item() / len(pictures)
 
 
-# ---- Masks: scores of each pixel (4.4) ------------------------------------------------------------------
-
-
-def evaluate(model, pictures, config, device):
-    """The scores of a result: `accuracy`, which of masks is the mIoU, beside `pixel_accuracy` and, in a test at several
-    `scales`, `multi_scale`, the mIoU again."""
-    if config.source not in data.MASKED:
-        return {'accuracy': accuracy(model, pictures, config, device)}
-    K = confusion(model, pictures, config, device, [1.0])
-    found = {'accuracy': ivpt.mean_iou(K), 'pixel_accuracy': (K.trace() / K.sum()).item()}
-    if config.scales and config.score_on == 'test':
-        found['multi_scale'] = ivpt.mean_iou(confusion(model, pictures, config, device, config.scales))
-    return found
-
-
-def confusion(model, pictures, config, device, scales):
-    """K [C, C]: how many pixels of class i, the row, were taken for class j, in all pictures."""
-    model.eval()
-    (rank, world), C = parts(), model.num_classes
-    mine, K = range(len(pictures))[rank::world], torch.zeros(C * C, dtype=torch.int64)
-    for image, mask in data.decoded(pictures.__getitem__, mine, data.workers_of(config)):
-        found, known = answer(model, image, config, device, scales), mask != vit.IGNORED
-        K += torch.bincount(C * mask[known].long() + found[known], minlength=C * C)
-    return summed(K.to(device)).view(C, C).cpu().double()
-
-
-def answer(model, image, config, device, scales=(1.0,)):
-    """The class of each pixel of an image, uint8 [3, H, W] -> [H, W]."""
-    mean, std = data.moments(config, device)
-    with autocast(device, config):
-        return ivpt.segment(model, (image.to(device) - mean) / std, config.img_size, scales).cpu()
-
-
 # ---- One run --------------------------------------------------------------------------------------------
 
 
@@ -286,9 +253,8 @@ def count(model):
 
 
 def run(config, again=False):
-    """Train and test one method on one task with one seed, write the run's folder, return the result. What is finished
-    is not run again, and what was interrupted goes on. With `again` it is made anew in a folder within its own, and
-    takes the old one's place when it has ended."""
+    """The result of one method on one task with one seed. What is finished is not run again, but with `again`, in a
+    folder within its own, and takes the old one's place when it has ended."""
     folder, device = folder_of(config), find_device(config.device)
     config.precision, why = number_format(config, device)
     task = data.load(config)
@@ -302,7 +268,11 @@ def run(config, again=False):
         say(f'{folder}: params.pth is not what result.json was measured with, and is made again')
     if parts()[1] > 1 and device.type == 'cpu' and config.source in data.MASKED:
         raise InputError('torch synchronises no batch norm on CPUs, so no run with masks is shared: leave out torchrun')
-    place = folder / AGAIN if again else folder
+    return fit(folder / AGAIN if again else folder, model, task, config, device, why)
+
+
+def fit(folder, model, task, config, device, why):
+    """Train the model from where the folder's checkpoints leave it, test it, and write and return the result."""
     say('decoding images', live=True)
     learn, score = data.learned_and_scored(task, config, device)
     if hasattr(model, 'prepare'):
@@ -310,29 +280,58 @@ def run(config, again=False):
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == 'float16')
     header(config, task, model, device, why)
-    records = resume(place, model, optimizer, scaler, config, device)
-    write_log(place, records)  # what cannot be written is found out before the first epoch
+    records = resume(folder, model, optimizer, scaler, config, device)
+    write_log(folder, records)  # what cannot be written is found out before the first epoch
     try:
         for record in train(model, optimizer, learn, config, device, len(records), scaler):
             records.append(record)
-            save(place, model, optimizer, scaler, records, config, device)
+            save(folder, model, optimizer, scaler, records, config, device)
             left = timedelta(seconds=round(record['seconds'] * (config.epochs - len(records))))
             say('epoch {epoch:3d}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  {images_per_second:.0f} images/s  '
                 '{left} left'.format(**record, epochs=config.epochs, left=left))
-        return finish(place, model, score, task, config, records, device)
+        return finish(folder, model, score, task, config, records, device)
     except (FloatingPointError, KeyboardInterrupt) as stop:
-        kept = f'{len(records)} of {config.epochs} epochs are kept in {place}'
+        kept = f'{len(records)} of {config.epochs} epochs are kept in {folder}'
         if isinstance(stop, KeyboardInterrupt):
             raise KeyboardInterrupt(f'stopped. {kept}; the same command goes on from there') from None
         raise InputError(f'{stop}. {kept}. Lower the learning rate: --set lr={config.lr / 4:g}') from None
+
+
+def evaluate(model, pictures, config, device):
+    """The scores of a result: `accuracy`, which of masks is the mIoU, beside `pixel_accuracy` and, in a test at several
+    `scales`, `multi_scale`, the mIoU again."""
+    if config.source not in data.MASKED:
+        return {'accuracy': accuracy(model, pictures, config, device)}
+    K = confusion(model, pictures, config, device, [1.0])
+    found = {'accuracy': ivpt.mean_iou(K), 'pixel_accuracy': (K.trace() / K.sum()).item()}
+    if config.scales and config.score_on == 'test':
+        found['multi_scale'] = ivpt.mean_iou(confusion(model, pictures, config, device, config.scales))
+    return found
+
+
+def confusion(model, pictures, config, device, scales):
+    """K [C, C]: how many pixels of class i, the row, were taken for class j, in all pictures."""
+    model.eval()
+    (rank, world), C = parts(), model.num_classes
+    mine, K = range(len(pictures))[rank::world], torch.zeros(C * C, dtype=torch.int64)
+    for image, mask in data.decoded(pictures.__getitem__, mine, data.workers_of(config)):
+        found, known = answer(model, image, config, device, scales), mask != vit.IGNORED
+        K += torch.bincount(C * mask[known].long() + found[known], minlength=C * C)
+    return summed(K.to(device)).view(C, C).cpu().double()
+
+
+def answer(model, image, config, device, scales=(1.0,)):
+    """The class of each pixel of an image, uint8 [3, H, W] -> [H, W]."""
+    mean, std = data.moments(config, device)
+    with autocast(device, config):
+        return ivpt.segment(model, (image.to(device) - mean) / std, config.img_size, scales).cpu()
 
 
 def finish(folder, model, score, task, config, records, device):
     """Score the model as the last epoch left it; print, write and return the result."""
     file, dtype, masked = io.BytesIO(), getattr(torch, config.save_dtype), config.source in data.MASKED
     guess = math.log(len(task.classes)) * (1 + 4 * ivpt.AUXILIARY if masked else 1)  # of all heads
-    torch.save({name: x.to('cpu', dtype if x.is_floating_point() else x.dtype) for name, x in trained(model).items()},
-               file)
+    torch.save({n: x.to('cpu', dtype if x.is_floating_point() else x.dtype) for n, x in trained(model).items()}, file)
     result = {'task': config.task, 'model': config.model, 'method': config.method, 'seed': config.seed,
               'score_on': config.score_on, **evaluate(model, score, config, device), 'images': len(score),
               'trained_parameters': count(model), 'final_loss': records[-1]['loss'],

@@ -394,7 +394,7 @@ MUTANTS = [
     ('a run: a run goes on with other settings', 'train.py', 'if changed := differences(old, vars(config))', 'if False', STOPS),
     ('a run: a finished run is run again', 'train.py', 'if not again and (result', 'if False and (result', STOPS),
     ('a run: the log has the last epoch alone', 'train.py', 'for record in records).encode()', 'for record in records[-1:]).encode()', LOOP),
-    ('a run: the log is not written again after an interruption', 'train.py', "    write_log(place, records)", '    pass', STOPS),
+    ('a run: the log is not written again after an interruption', 'train.py', "    write_log(folder, records)  # what", '    pass  # what', STOPS),
     ('a run: a mistake is said once a run', 'train.py', 'if str(error) not in said', 'if True', STOPS),
     # Figures 4 to 6, and the loss
     ('a picture: an accuracy of a sweep stands at the first value', 'tests/paper.py', "scores[places[result['config']['point']]]", 'scores[0]', SWEEPS),
@@ -483,7 +483,7 @@ MUTANTS = [
     ("the head's bias decays", 'train.py', "name in ('head.bias', 'head.fc.bias') or ", '', LOOP),
     ('biases decay with AdamW', 'train.py', "config.optimizer == 'SGD' or not vector", 'True', LOOP),
     ('a run that learned nothing says nothing', 'train.py', "if result['final_loss'] > guess", 'if False', LOOP),
-    ('--again deletes the old run at once', 'train.py', 'place = folder / AGAIN if again else folder', 'place = folder', LOOP),
+    ('--again deletes the old run at once', 'train.py', 'fit(folder / AGAIN if again else folder,', 'fit(folder,', LOOP),
     ('--again never goes on', 'train.py', "if not differences(checkpoint['config'], vars(config))]", 'if False]', LOOP),
     ('seeds are octal', 'train.py', '            value = kind(value)', '            value = kind(yaml.safe_load(str(value)))', LOOP),
     ('other parameters are taken', 'train.py', "== result['params_digest']", '!= 0', LOOK),
