@@ -79,7 +79,7 @@ MUTANTS = [
     ('DA replaces P^l', 'ivpt.py', 'P[1:] + psi(gamma, P[:-1])', 'psi(gamma, P[:-1])', CDC),
     ('γ starts at 0', 'ivpt.py', 'torch.eye(N)', 'torch.zeros(N, N)', CDC),
     ('a γ for the first layer too', 'ivpt.py', 'repeat(L - 1, 1, 1)', 'repeat(L, 1, 1)', COUNTS),
-    ('P starts within a bound of p and not p²', 'ivpt.py', '3 * self.vit.patch_size ** 2 + D)', '3 * self.vit.patch_size + D)', CDC),
+    ('P starts within a bound of p and not p²', 'ivpt.py', '3 * self.vit.patch_size ** 2 + D)', '3 * self.vit.patch_size + D)', 'test_3_1_vit_and_vpt'),
     # 3.4, re-weighting
     ('Eq. 7 with sqrt(D)', 'ivpt.py', '.squeeze(-1) / q.shape[-1] ** 0.5)', '.squeeze(-1) / p.shape[-1] ** 0.5)', ALPHA),
     ('Eq. 7 without its scale', 'ivpt.py', '.squeeze(-1) / q.shape[-1] ** 0.5)', '.squeeze(-1))', ALPHA),
