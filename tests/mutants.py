@@ -142,7 +142,7 @@ MUTANTS = [
     ('the head reads what the last LayerNorm has not seen', 'ivpt.py', 'self.head(self.vit.read(tokens))', 'self.head(tokens[:, 0])', CDC),
     ('the backbone is left trainable', 'ivpt.py', 'vit.requires_grad_(False)', 'vit', LOOP),
     ('the backbone leaves eval mode', 'ivpt.py', '        self.vit.eval()\n', '', VPT),
-    ('no prompts are allowed', 'ivpt.py', 'N < 1 or', 'N < 0 or', INPUT),
+    ('no prompts are allowed', 'ivpt.py', 'N < 1 or', 'N < 0 or', 'test_3_1_vit_and_vpt'),
     ('more reinforcing prompts than image tokens are allowed', 'ivpt.py', '0 <= k <= vit.M', '0 <= k <= 10 * vit.M', INPUT),
     # 4.3, the other structures
     ('vanilla CDC sums the layers that follow', 'ivpt.py', 'return P.cumsum(dim=0)', 'return P.flip(0).cumsum(dim=0).flip(0)', STRUCT),
