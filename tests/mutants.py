@@ -297,7 +297,7 @@ MUTANTS = [
     ('the seed is ignored', 'train.py', 'torch.manual_seed(config.seed)', 'torch.manual_seed(0)', LOOP),
     ('linear probing trains the whole backbone', 'train.py', 'model.requires_grad_(False).head', 'model.head', LOOP),
     ('the backbone is saved with the prompts', 'train.py', 'for name, x in model.state_dict().items() if name not in frozen}', 'for name, x in model.state_dict().items()}', LOOP),
-    ('val images are trained on when val is scored', 'data.py', '(task.train, task.val)', '(task.train + task.val, task.val)', LOOP),
+    ('val images are trained on when val is scored', 'data.py', '(task.train, task.val)', '(task.train + task.val, task.val)', DATA),
     ('val images are left out of the final run', 'data.py', '(task.train + task.val, task.test)', '(task.train, task.test)', LOOP),
     ('test images are trained on', 'data.py', '(task.train + task.val, task.test)', '(task.train + task.val + task.test, task.test)', LOOP),
     ('the best epoch is reported, not the last', 'train.py',
