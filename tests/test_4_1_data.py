@@ -328,6 +328,11 @@ def test_what_is_decoded_by_threads_comes_in_order(workers):
     assert list(data.decoded(work, [], workers)) == []
 
 
+def test_as_many_pictures_are_decoded_at_a_time_as_there_are_workers():
+    together = threading.Barrier(3)
+    assert [*data.decoded(lambda i: (together.wait(10), i)[1], range(9), 3)] == [*range(9)]
+
+
 def test_a_set_that_does_not_fit_in_memory_is_not_decoded_ahead_without_end():
     begun = []
     for n, _ in zip(range(30), data.decoded(begun.append, range(1000), 3)):
