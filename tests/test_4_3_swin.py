@@ -394,6 +394,7 @@ def test_attention_received_is_to_the_mean_of_tokens_what_the_class_tokens_row_i
     attended, w = attn(tokens)
     v = attn.split(attn.qkv(tokens))[2].squeeze(1)  # [B, M, D]
     close(attended.mean(dim=1), (w.unsqueeze(1) @ v).squeeze(1))
+    assert attended.requires_grad and not w.requires_grad  # Eq. 14 makes positions of it, which have no slope
 
 
 def regions(H, w, s):
