@@ -201,6 +201,8 @@ def test_a_copy_has_what_is_needed_and_says_what_to_do(tmp_path, capsys):
     copy = {path.relative_to(tmp_path / 'new/copy').as_posix() for path in (tmp_path / 'new/copy').rglob('*')}
     assert {'ivpt.py', 'configs.yaml', 'tests/nano.pth', 'tests/conftest.py', 'EXERCISE.txt'} <= copy
     assert not any(re.search(r'^runs|^data/|__pycache__|(^|/)\.', name) for name in copy)
+    body = (tmp_path / 'new/copy/ivpt.py').read_text(encoding='utf-8').partition('def psi(')[2].partition('\ndef ')[0]
+    assert 'raise NotImplementedError' in body and 'return' not in body
 
 
 # ---- The list -------------------------------------------------------------------------------------------
