@@ -624,11 +624,12 @@ def settings(configs, task, method=None, model=None, changes=None):
 
 
 def published(configs, config, column):
-    """The paper's accuracy, in %, of a task or group, or its count of `params`, in M, for just the backbone, image size
-    and method of a run; None if it has none. A file by another name is not known to be that backbone."""
-    weights = configs['models'].get(config['model'], {}).get('weights', '').partition('#')[0]
-    if config['img_size'] != vit.parse_name(config['model'])[2] or (
-            Path(config['weights'].partition('#')[0]).name != Path(weights).name):
+    """The paper's accuracy, in %, of a task or group, or its count of `params`, in M, for just the backbone, image
+    size, method, N and k of a run; None if it has none. A file by another name is not known to be that backbone."""
+    file = Path(configs['models'].get(config['model'], {}).get('weights', '').partition('#')[0]).name
+    own = configs['defaults'] | configs['tasks'].get(config['task'], {}) | configs['methods'].get(config['method'], {})
+    given = config['img_size'], config['N'], config['k'], Path(config['weights'].partition('#')[0]).name
+    if given != (vit.parse_name(config['model'])[2], own['N'], own['k'], file):
         return None
     return configs['paper'].get(config['model'], {}).get(column, {}).get(config['method'])
 

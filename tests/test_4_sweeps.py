@@ -172,7 +172,7 @@ def test_pre_training_keeps_settings_of_its_own():
 
 # ---- Report ---------------------------------------------------------------------------------------------
 
-REPORTED = {'tasks': {'x': {}, 'y': {}, 'z': {}, 'w': {}}, 'methods': {'vpt': {}, 'cdc': {}, 'ivpt': {}},
+REPORTED = {'defaults': {'N': 10, 'k': 10}, 'tasks': {'x': {}, 'y': {}, 'z': {}, 'w': {}}, 'methods': {'vpt': {}, 'cdc': {}, 'ivpt': {}},
             'groups': {'a': ['x', 'y'], 'b': ['z'], 'all': ['a', 'b']}, 'models': {'vit_base_patch16_224.m': {'weights': 'a/b.npz#md5=1'}},
             'paper': {'vit_base_patch16_224.m': {'x': {'vpt': 50.0, 'ivpt': 60.0}, 'a': {'vpt': 44.4}, 'params': {'vpt': 0.6}}}}
 
@@ -181,7 +181,7 @@ REPORTED = {'tasks': {'x': {}, 'y': {}, 'z': {}, 'w': {}}, 'methods': {'vpt': {}
 def results(tmp_path):
     """Write a result as a run would."""
     def put(task, method, seed, accuracy, trained=1_500_000, score_on='test', place='', **config):
-        model = dict(model='vit_base_patch16_224.m', weights='elsewhere/b.npz', img_size=224)
+        model = dict(model='vit_base_patch16_224.m', weights='elsewhere/b.npz', img_size=224, N=10, k=10)
         config = model | dict(task=task, method=method, seed=seed, lr=0.1) | config
         folder = tmp_path / task / config['model'] / method / f'seed{seed}' / place
         train.write_result(folder, {'accuracy': accuracy, 'trained_parameters': trained, 'score_on': score_on, 'config': config})
@@ -241,14 +241,15 @@ def test_what_the_runs_of_a_column_differ_in_is_said_below_the_table(results, tm
     results('x', 'vpt', 2, 0.5, lr=0.3)
     results('x', 'ivpt', 2, 0.5, N=5)
     out = reported(capsys, tmp_path)[1]
-    assert 'x: lr is 0.1 for cdc/ivpt/vpt, 0.3 for vpt\n' in out and 'x: N is None for cdc/vpt, 5 for ivpt\n' in out
+    assert 'x: lr is 0.1 for cdc/ivpt/vpt, 0.3 for vpt\n' in out and 'x: N is 10 for cdc/vpt, 5 for ivpt\n' in out
     results('x', 'cdc', 1, 0.5, **{'train labels': '8 00aa'})
     assert 'x: train labels is ' in reported(capsys, tmp_path)[1]
 
 
 @pytest.mark.parametrize('config, beside', [({}, True), (dict(model='vit_large_patch16_224.x'), False), (dict(img_size=98), False),
-                                            (dict(weights='mae.pth'), False), (dict(weights='random'), False)])
-def test_the_papers_numbers_stand_beside_runs_of_just_their_backbone_and_image_size(config, beside, results, tmp_path, capsys):
+                                            (dict(weights='mae.pth'), False), (dict(weights='random'), False),
+                                            (dict(N=50), False), (dict(k=1), False)])
+def test_the_papers_numbers_stand_beside_runs_of_just_their_backbone_image_size_and_prompts(config, beside, results, tmp_path, capsys):
     results('x', 'vpt', 0, 0.5, **config)
     assert ('the paper' in reported(capsys, tmp_path)[1]) == beside
 
