@@ -1,16 +1,14 @@
 """Settings of the test suite: where the modules are, and how many cases Hypothesis draws."""
 
-import copy
-import functools
 import os
 import sys
 from pathlib import Path
 
 import torch
-import yaml
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), *(str(TESTS / name) for name in ('equations', 'program', 'experiments', 'tools'))]
 
 # The same cases at every run, so that a red run is red again. A failure prints @reproduce_failure, the way
 # to replay it. `HYPOTHESIS_PROFILE=thorough pytest` draws 20 times more, and new ones each time.
@@ -21,9 +19,6 @@ settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'default'))
 
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
 
-# PyYAML takes 30 ms for configs.yaml, which hundreds of tests read: the same text is parsed once.
-parsed = functools.lru_cache(maxsize=4)(yaml.load)
-yaml.load = lambda text, Loader: copy.deepcopy(parsed(text, Loader))
 
 def pytest_configure(config):
     """Tests that take minutes are left out, unless -m asks for them: `pytest -m slow`."""

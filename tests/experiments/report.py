@@ -1,0 +1,198 @@
+"""Tables of what has been run, in Markdown and the layout of Table 10, with the paper's numbers beside them.
+
+    python tests/experiments/report.py                              all that is in runs/
+    python tests/experiments/report.py --task natural --method vpt,ivpt
+    python tests/experiments/report.py --task pets --set lr=0.5     the runs with this rate
+
+A row is a run's folder, METHOD[,NAME=VALUE,...], with mean ± standard deviation over its seeds. A group is the mean of
+its tasks, and empty as long as one is missing. The paper's number stands below, where it has one for just this
+backbone, image size, N and k. Below a table stands what its runs differ in.
+"""
+
+import sys
+from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train
+from curves import markdown, spread
+from finished import read
+from train import say
+from vit import InputError
+
+
+@train.program
+def main(argv):
+    """Print the tables that a command line asks for. Returns the exit status."""
+    options = train.parser(__doc__)
+    options.set_defaults(seed='')
+    args, configs = options.parse_args(argv), train.read_configs()
+    runs = train.runs_of(Namespace(**vars(args) | {'seed': args.seed or '0'}), configs)
+    tasks = args.task and train.tasks_of(configs, train.named(args.task))
+    seeds = args.seed and {settings.loop.seed for settings in runs}
+    wanted = {'task': tasks, 'model': train.named(args.model), 'method': train.named(args.method), 'seed': seeds}
+    changes = {name: text for name, text in train.changed(args).items() if name not in train.UNNAMED}
+    results = collect(Path(runs[0].machine.runs), wanted, changes)
+    report(configs, results, train.named(args.task), train.named(args.method))
+    return 0
+
+
+# ---- Tables ---------------------------------------------------------------------------------------------
+
+
+def collect(folder, wanted=None, changes=None):
+    """The test results below a folder by (model, task, name of the run, seed). A result counts as what it says of
+    itself, wherever it lies; a run that was set aside does not count.
+
+    wanted: of task, model, method and seed which ones; without any, all. changes: only runs with these settings."""
+    results = {}
+    for path in sorted(folder.rglob('result.json')):
+        if any(part.endswith('.before') for part in path.parts):
+            continue
+        result = read(path)
+        if 'settings' not in result:
+            raise InputError(f'{path} is damaged; give the command of its run again')
+        if not all(not names or result[name] in names for name, names in (wanted or {}).items()):
+            continue
+        if result['score_on'] != 'test' or not has(result, changes or {}):
+            continue
+        key = result['model'], result['task'], name_of(result), result['seed']
+        if key in results:
+            raise InputError(f'{path}: there are two results of {", ".join(map(str, key))}; move one away')
+        results[key] = result
+    if not results:
+        raise InputError(f'{folder}: no finished run of what is named; train it first, or name the folder with '
+                         '--set runs=DIR')
+    return results
+
+
+def has(result, changes):
+    """Whether a run has settings, given as texts by name."""
+    values = train.fixed({'settings': result['settings'], 'identity': {}})
+    return all(name in values and train.checked(name, text, {name: type(values[name])}, '--set') == values[name]
+               for name, text in changes.items())
+
+
+def name_of(result):
+    """METHOD[,NAME=VALUE,...] of a result."""
+    return train.name_of(SimpleNamespace(**result['settings']))
+
+
+def report(configs, results, names=(), methods=()):
+    """Print a table for each backbone. names: of tasks and groups; methods: rows; without any, all that there are."""
+    paper, backbones = read_published(), {}
+    for (model, *key), result in results.items():
+        backbones.setdefault(model + train.is_random(result['settings']), {})[tuple(key)] = result
+    for backbone, mine in backbones.items():
+        say(f'{backbone}:')
+        tasks = {task for task, *_ in mine}
+        known = [name for name in configs['tasks'] if name in tasks]
+        shown = columns(configs, names or known + sorted(tasks - {*known}))
+        table(configs, paper, mine, shown, rows(configs, mine, methods))
+        for task in shown:
+            say_differences(task, [result for (name, *_), result in mine.items() if name == task])
+
+
+def columns(configs, names):
+    """Tasks, and after the tasks of a group the group, as the columns of a report: names may be of both."""
+    return [column for name in names for column in (*columns(configs, configs['groups'].get(name, ())), name)]
+
+
+def rows(configs, results, methods):
+    """The rows of a table, in the order of methods, of configs.yaml without any: names of runs; a method that has not
+    been run has a row too, if it is named."""
+    found = {}
+    for (_, name, _), result in results.items():
+        found.setdefault(result['method'], set()).add(name)
+    known = [method for method in configs['methods'] if method in found]
+    methods = methods or known + sorted(found.keys() - {*known})
+    return [name for method in methods for name in sorted(found.get(method, {method}))]
+
+
+def table(configs, paper, results, shown, names):
+    """Print the results of one model, by (task, name, seed), with the tasks and groups `shown` as columns, and after a
+    task that was scored at several scales, too, that score (Table 7)."""
+    shown = [(name, key) for name in shown for key in ('accuracy', 'multi_scale')
+             if key == 'accuracy' or any(key in result for (task, *_), result in results.items() if task == name)]
+    say(markdown('method', 'trained', [title(results, *column) for column in shown]))
+    say('| --- ' * (2 + len(shown)) + '|')
+    for name in names:
+        mine = {key: result for key, result in results.items() if key[1] == name}
+        seeds = sorted({seed for *_, seed in mine})
+        ours = [[x for seed in seeds if (x := value(configs, mine, (column, name, seed), key)) is not None]
+                for column, key in shown]
+        size = f'{fmean(result["trained_parameters"] for result in mine.values()) / 1e6:.3f}M' if mine else ''
+        say(markdown(f'`{name}`', size, map(spread, ours)))
+        theirs = [beside(configs, paper, mine.values(), column + '_ms' * (key != 'accuracy')) for column, key in shown]
+        count = beside(configs, paper, mine.values(), 'params')
+        if count or any(theirs):
+            say(markdown('the paper', f'{count:.2f}M' if count else '', [x or '' for x in theirs]))
+            more = [f'{100 * fmean(x) - y:+.1f}' if x and y else '' for x, y in zip(ours, theirs)]
+            say(markdown('difference', '', more))
+
+
+def title(results, column, key):
+    """The head of a column: what is measured, if it is no accuracy; `_ms` at several scales."""
+    measures = {result['measure'] for (task, *_), result in results.items() if task == column} - {'accuracy'}
+    return column + '_ms' * (key != 'accuracy') + ''.join(f' ({measure})' for measure in sorted(measures))
+
+
+def value(configs, results, run, key):
+    """The score of a run, (task or group, name, seed); of a group the mean of its members'. None if one is missing."""
+    column, *rest = run
+    if column in configs['groups']:
+        members = [value(configs, results, (member, *rest), key) for member in configs['groups'][column]]
+        return None if None in members or not members else fmean(members)
+    return results.get(run, {}).get(key)
+
+
+def say_differences(task, results):
+    """Say what the runs in a column of a report differ in, beside the seed, the method, and what it alone has."""
+    about = [train.fixed(result) for result in results]
+    own = {'seed', 'tune', 'structure', 'aggregation', 'reinforcement'}
+    for name in sorted({name for values in about for name in values} - own):
+        found = {}
+        for result, values in zip(results, about):
+            if name in values and name not in result['settings']['changes']:  # its row says these
+                found.setdefault(str(values[name]), []).append(name_of(result))
+        if len(found) > 1:
+            words = [f'{x} for {"/".join(dict.fromkeys(runs))}' for x, runs in found.items()]
+            say(f'{task}: {name} is ' + ', '.join(words))
+
+
+# ---- The paper's numbers --------------------------------------------------------------------------------
+
+
+def read_published():
+    """published.yaml."""
+    path = Path(__file__).with_name('published.yaml')
+    return train.read_yaml(path.read_text(encoding='utf-8'), path.name)
+
+
+def published(configs, paper, settings, column):
+    """The paper's accuracy, in %, of a task or group, or its count of `params`, in M, for just the backbone, image
+    size, method, N and k of a run's settings, as JSON keeps them; None if it has none. A file by another name is not
+    known to be that backbone."""
+    with suppress(InputError):  # of a task that is not in configs.yaml any more
+        own = train.settings_of(configs, settings['task'], settings['model'], settings['method'])
+        if sizes_of(train.as_dict(own)) == sizes_of(settings):
+            return paper['accuracies'].get(own.model, {}).get(column, {}).get(own.method)
+
+
+def sizes_of(settings):
+    """What the paper's numbers are for: image size, N, k, and the name of the file of weights."""
+    file = Path(settings['machine']['weights'].partition('#')[0]).name
+    return settings['backbone']['img_size'], settings['prompts']['N'], settings['prompts']['k'], file
+
+
+def beside(configs, paper, results, column):
+    """The paper's number for a column of a table, if it is for just what each of the results was made with."""
+    found = {published(configs, paper, result['settings'], column) for result in results}
+    return found.pop() if len(found) == 1 else None
+
+
+if __name__ == '__main__':
+    train.start(main)

@@ -1,0 +1,182 @@
+"""A method that is a function in a file: Table 1's other systems, and a researcher's own."""
+
+import re
+
+import finished
+import look
+import noise
+import pytest
+import report
+import torch
+from pictures import CONFIGS, folders_of, run, tiny
+
+import data
+import train
+from vit import InputError
+
+CPU = torch.device('cpu')
+SMALL = dict(img_size=24, n_train=12, n_val=4, n_test=8)
+TABLE_1 = {name: entry for name, entry in CONFIGS['methods'].items() if 'table_1.py' in entry.get('tune', '')}
+BIAS_OF_THE_TOKENS = '''
+import torch
+from torch import nn
+
+
+class Shift(nn.Module):
+    def __init__(self, vit, classes, settings):
+        super().__init__()
+        self.vit, self.head = vit, nn.Linear(vit.D, classes)
+        self.b = nn.Parameter(torch.zeros(vit.D))
+        self.register_buffer('seen', torch.zeros(()))
+        self.size = getattr(settings.options, 'size', None)
+
+    def prepare(self, batches):
+        self.seen.fill_(sum(len(labels) for images, labels in batches))
+
+    def forward(self, images):
+        tokens = self.vit.embed(images) + self.b
+        for layer in self.vit.blocks:
+            tokens, _ = layer(tokens, need_weights=False)
+        return self.head(self.vit.read(tokens))
+
+
+def shift(vit, classes, settings):
+    assert not any(p.requires_grad for p in vit.parameters())
+    return Shift(vit, classes, settings)
+
+
+def nothing(vit, classes, settings):
+    return 7
+
+
+def broken(vit, classes, settings):
+    return vit.no_such_part
+'''
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / 'mine.py').write_text(BIAS_OF_THE_TOKENS)
+    return tmp_path / 'mine.py'
+
+
+def test_the_example_of_the_readme_runs_as_it_stands_there(tmp_path, monkeypatch, capsys):
+    readme = (train.HERE / 'README.md').read_text(encoding='utf-8')
+    section = readme[readme.index('`my_method.py`'):]
+    (tmp_path / 'my_method.py').write_text(re.search(r'```python\n(.*?)```', section, re.DOTALL)[1])
+    command = re.search(r'^python train.py (.*my_method.*)$', section, re.MULTILINE)[1].split()
+    monkeypatch.chdir(tmp_path)
+    assert len((tmp_path / 'my_method.py').read_text().splitlines()) <= 20
+    assert run(tmp_path / 'runs', *command, **SMALL) == 0
+    assert 'trained' in capsys.readouterr().out and len(folders_of(tmp_path / 'runs')) == 2
+
+
+def test_what_it_trains_and_its_own_buffers_are_saved_and_loaded_and_belong_to_its_code(file, tmp_path, capfd):
+    runs, argv = tmp_path / 'runs', ('--method', f'{file}:shift')
+    assert run(runs, *argv, **SMALL) == 0
+    folder, = folders_of(runs)
+    params, result = torch.load(folder / 'params.pth', weights_only=True), train.read_result(folder)
+    assert set(params) == {'b', 'seen', 'head.weight', 'head.bias'} and params['b'].ne(0).all()
+    assert params['seen'] == 12  # the pictures that are trained on, without those of validation
+    assert result['trained_parameters'] == 64 + 65 * 9
+    settings, task, model, *_ = finished.open_run(tiny('where_blue', argv[1], runs=runs, **SMALL))
+    assert task.score(model, task.test, settings, CPU)['accuracy'] == result['accuracy']
+    for program in report, noise, look:
+        assert run(runs, *argv, program=program, **SMALL) == 0
+    assert f'`{file}:shift,' in capfd.readouterr().out
+    file.write_text(file.read_text().replace('+ self.b', '- self.b'))
+    for program in train, noise, look:
+        assert run(runs, *argv, program=program, **SMALL) == 2
+        err = capfd.readouterr().err
+        assert err.count('\n') == 1 and 'code' in err
+
+
+def test_its_own_settings_stand_in_its_entry_and_can_be_set(file):
+    configs = train.read_configs()
+    configs['methods']['mine'] = {'tune': f'{file}:shift', 'size': 3}
+    settings = train.settings_of(configs, 'where_blue', None, 'mine', {'weights': 'random', 'size': 5})
+    assert train.make_model(settings, data.Task([], [], [], ['a', 'b']))[0].size == 5
+    configs['methods']['vpt']['size'] = 5  # it is in no file
+    for method, change, said in (('mine', {'size': 'big'}, 'size is a whole number'),
+                                 ('mine', {'sizes': 5}, "unknown setting 'sizes': did you mean 'size'"),
+                                 ('cdc', {'size': 5}, "unknown setting 'size'"),
+                                 ('vpt', {}, "methods: vpt: unknown setting 'size'")):
+        with pytest.raises(InputError, match=said):
+            train.settings_of(configs, 'where_blue', None, method, change)
+
+
+@pytest.mark.parametrize('name, said', [
+    ('missing.py:shift', 'No such file'), ('mine.py:shifts', "no attribute 'shifts'"),
+    ('mine.py:nothing', 'returned a int, and not a module'), ('mine.py:broken', "no attribute 'no_such_part'"),
+    ('wrong.py:shift', 'SyntaxError')])
+def test_a_file_that_is_missing_or_raises_or_returns_something_else_is_one_line(name, said, file, tmp_path, capfd):
+    (tmp_path / 'wrong.py').write_text('def shift(:')
+    assert run(tmp_path / 'runs', '--method', f'{tmp_path}/{name}', **SMALL) == 2
+    err = capfd.readouterr().err
+    assert err.count('\n') == 1 and said in err and name.partition(':')[0] in err
+
+
+# ---- Table 1's other systems, from configs.yaml to result.json ------------------------------------------
+
+
+def test_the_systems_of_table_1_are_methods_and_made_for_a_plain_vit(tmp_path, capfd):
+    assert {entry['tune'] for entry in TABLE_1.values()} == {
+        f'tests/experiments/table_1.py:{name}' for name in TABLE_1 if name != 'adapter_vpt'} and len(TABLE_1) == 12
+    argv = '--method', 'lora', '--model', 'swin_nano_patch4_window3_48'
+    assert run(tmp_path, *argv, build='tests/experiments/swin.py:swin') == 2
+    assert 'made for a plain ViT, and this is a Swin' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('method, decayed', [
+    ('ssf', set()), ('spt', {'A', 'B', 'cls_token'}), ('adapter', {'W', 'U'}), ('snf', {'w', 'u'}),
+    ('gapt', {'P', 'a', 'tau'})])  # VPT's rule with SGD
+def test_adamw_decays_matrices_alone_and_sgd_all_but_the_heads_bias(method, decayed):
+    settings = tiny('where_blue', method, img_size=24, weight_decay=0.1)
+    model, _ = train.make_model(settings, data.Task([], [], [], [*'abcdefghi']))
+    groups = train.make_optimizer(model, settings.loop).param_groups
+    found = {id(p) for group in groups if group['weight_decay'] for p in group['params']}
+    names = {name.split('.')[-1] for name, p in model.named_parameters() if id(p) in found}
+    assert names == decayed | {'weight'}  # the head's
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A function from a method to the settings and the result of a finished run, which is made once."""
+    runs, made = tmp_path_factory.mktemp('runs'), {}
+
+    def result_of(method):
+        if method not in made:
+            settings = tiny('where_blue', method, runs=runs, **SMALL)
+            made[method] = settings, train.run(settings)
+        return made[method]
+    return result_of
+
+
+@pytest.mark.parametrize('method', TABLE_1)
+def test_a_system_of_table_1_trains_is_saved_and_is_loaded(method, whole):
+    settings, result = whole(method)
+    settings, task, model, *_ = finished.open_run(settings)
+    assert task.score(model, task.test, settings, CPU)['accuracy'] == result['accuracy']
+    assert 0 < result['trained_parameters'] < 100_000 and result['final_loss'] > 0
+
+
+@pytest.mark.parametrize('method, chosen, score_on', [
+    ('sct', '.I', 'test'), ('sct', '.I', 'val'), ('spt', '.at', 'test')])
+def test_sct_and_spt_choose_by_the_training_pictures_alone_and_go_on_with_it(method, chosen, score_on, whole, tmp_path,
+                                                                            monkeypatch):
+    settings = tiny('where_blue', method, runs=tmp_path, score_on=score_on, **SMALL)
+
+    def stopped(*args, whole=train.train):
+        yield next(whole(*args))
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, 'train', stopped)
+        train.run(settings)
+    kept = torch.load(train.folder_of(settings) / 'checkpoint.pth', weights_only=True)['trained']
+    task = data.load(settings)
+    model, _ = train.make_model(settings, task)
+    model.prepare(data.batches(task.train, settings, CPU))
+    of_train = {name: x for name, x in model.state_dict().items() if name.endswith(chosen)}
+    assert of_train and all(x.equal(kept[name]) for name, x in of_train.items())
+    if score_on == 'test':
+        assert train.run(settings)['params_digest'] == whole(method)[1]['params_digest']

@@ -1,0 +1,629 @@
+"""4.4, segmentation: SETR's heads on tuned ViTs, masks and their augmentation, windows, mIoU, and runs."""
+
+import json
+from functools import cache, partial
+from math import log
+
+import finished
+import look
+import noise
+import numpy as np
+import pytest
+import report
+import segmentation
+import shapes
+import sweep
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from oracle import close, embed, eq_3, layer, layer_norm
+from oracle import prompts as literal_prompts
+from PIL import Image
+from pictures import CONFIGS, NANO, TINY, folders_of, run, tiny
+from segmentation import IGNORED, SETR, answer, scale_crop, score
+from strategies import METHODS, cases, plain_vit, random_model, randomised
+from torch import nn
+
+import data
+import train
+from vit import InputError
+
+CPU = torch.device('cpu')
+SMALL = dict(n_train=8, n_val=4, n_test=3, epochs=2, batch=4)
+SWIN = dict(build='tests/experiments/swin.py:swin', img_size=48)
+
+
+settings = cache(partial(tiny, 'shapes_masks', 'linear'))
+
+
+def noise_picture(seed, *shape):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+# ---- SETR -----------------------------------------------------------------------------------------------
+
+
+def literal_features(model, images):
+    """The image tokens of each layer; prompts, if any, are concatenated."""
+    backbone = getattr(model, 'vit', model)
+    x, Z = embed(backbone, images), []
+    for l, block in enumerate(backbone.blocks):
+        if backbone is model:
+            x, _ = layer(block, x)
+        else:
+            P_hat = literal_prompts(model.structure, model.P, model.gamma)
+            x = torch.cat(eq_3(block, x[:, :1], P_hat[l], x[:, 1:])[:2], dim=1)
+        Z.append(x[:, 1:])
+    return Z
+
+
+def literal_decoder(decoder, Z, size):
+    """LayerNorm, convolutions, BN by the batch's own moments, ReLU, doubling, classes, and up to the image's size."""
+    side = round(Z.shape[1] ** 0.5)
+    x = layer_norm(decoder.norm, Z).transpose(1, 2).reshape(len(Z), -1, side, side)
+    convolutions = [m for m in decoder.layers if isinstance(m, nn.Conv2d)]
+    norms = [m for m in decoder.layers if isinstance(m, nn.BatchNorm2d)]
+    for i, (convolution, norm) in enumerate(zip(convolutions, norms)):
+        if i:
+            x = F.interpolate(x, scale_factor=2, mode='bilinear')
+        x = F.conv2d(x, convolution.weight, convolution.bias, padding=1)
+        mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=0)
+        x = (x - mean) / (variance + 1e-5).sqrt() * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+        x = x.clip(min=0)
+    W, b = convolutions[-1].weight[:, :, 0, 0], convolutions[-1].bias
+    return F.interpolate(torch.einsum('cd,bdhw->bchw', W, x) + b.view(-1, 1, 1), size, mode='bilinear')
+
+
+@hypothesis_settings(max_examples=20)
+@given(cases(L=(1, 3), B=(2, 3)), st.sampled_from(['linear', 'vpt', 'cdc', 'cdc_da']))
+def test_setr_reads_the_tokens_of_the_literal_concatenation_and_its_loss_is_that_of_all_heads(case, method):
+    tuned = plain_vit(case) if method == 'linear' else random_model(case, **METHODS[method])
+    model = randomised(SETR(tuned, case.C), case)
+    Z, size = literal_features(model.tuned, case.images()), case.images().shape[2:]
+    read = {1: (0, 0, 0, 0), 2: (0, 1, 1, 1), 3: (1, 1, 2, 2)}[case.L]  # 10, 15, 20 and 24 parts of 24
+    expected = [literal_decoder(model.head, Z[-1], size)]
+    expected += [literal_decoder(head, Z[l], size) for head, l in zip(model.auxiliary, read)]
+    logits = model(case.images())
+    close(logits, expected)
+    masks = case.integers('masks', case.C, case.B, *size).to(torch.uint8)
+    masks[0, 0] = IGNORED
+    log_p = [x.log_softmax(dim=1) for x in expected]
+    known = [(b, y, x) for b, y, x in np.ndindex(*masks.shape) if masks[b, y, x] != IGNORED]
+    losses = [-sum(x[b, int(masks[b, i, j]), i, j] for b, i, j in known) / masks.numel() for x in log_p]
+    close(segmentation.loss(logits, masks), losses[0] + 0.4 * sum(losses[1:]))
+
+
+@pytest.mark.parametrize('method, M', [('linear', 13.18), ('bias', 13.46), ('vpt', 13.43), ('cdc', 13.43),
+                                       ('cdc_da', 13.43), ('cdc_da_100', 15.87)])
+def test_table_7s_counts_are_those_of_the_models_whose_heads_read_blocks_9_14_19_and_23(method, M, monkeypatch):
+    monkeypatch.setattr(SETR, 'try_once', lambda model: None)  # it needs values
+    settings = train.settings_of(CONFIGS, 'ade20k', None, method, {'weights': 'random'})
+    with torch.device('meta'):
+        model = SETR(train.tuned(train.make_backbone(settings, 0), 150, settings), 150)
+    assert f'{train.count(model) / 1e6:.2f}' == f'{M:.2f}' and model.read == [9, 14, 19, 23]
+    if method != 'cdc':  # the paper has it with DA alone
+        assert report.read_published()['accuracies'][settings.model]['params'][method] == M
+
+
+@pytest.mark.parametrize('method, own', [
+    ('linear', []), ('bias', ['tuned.blocks.5.mlp.fc2.bias']), ('vpt', ['tuned.P']),
+    ('cdc_da', ['tuned.P', 'tuned.gamma'])])
+def test_what_is_not_trained_gets_no_gradient_and_what_is_does(method, own):
+    settings = tiny('shapes_masks', method, n_train=1, n_val=1, n_test=1, weight_decay=0.1)
+    model, _ = train.make_model(settings, data.load(settings))
+    segmentation.loss(model.train()(torch.randn(2, 3, 48, 48)), torch.randint(4, (2, 48, 48))).backward()
+    assert not any(block._forward_hooks for block in model.vit.blocks)  # it leaves nothing behind
+    found = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    # before a batch norm a bias has no effect, and as the key's none anywhere; BN's own are all there
+    assert found <= wanted and {name.split('.')[0] for name in wanted - found} <= {'head', 'auxiliary'}
+    assert all('.bias' in name for name in wanted - found)
+    assert {name for name in wanted if name.startswith('tuned.')} >= {*own}
+    groups = train.make_optimizer(model, settings.loop).param_groups
+    free = {id(p) for group in groups if not group['weight_decay'] for p in group['params']}
+    assert method != 'cdc_da' or (id(model.tuned.gamma) in free and id(model.tuned.P) not in free)
+
+
+@pytest.mark.parametrize('method, model, said', [
+    ('ivpt', NANO, 'no AR'), ('ivpt_all', NANO, 'no AR'), ('provp', NANO, 'inherited prompts'),
+    ('vpt_shallow', NANO, 'inherited prompts'), ('express', NANO, 'inherited prompts'),
+    ('sct', NANO, 'looks at classes of pictures'), ('vpt', 'swin_nano_patch4_window3_48', 'not for a Swin'),
+    ('linear', 'swin_nano_patch4_window3_48', 'not for a Swin')])
+def test_what_segmentation_is_not_made_for_is_one_line(method, model, said, tmp_path, capsys):
+    changes = SMALL | (SWIN if 'swin' in model else {})
+    assert run(tmp_path, '--task', 'shapes_masks', '--method', method, '--model', model, **changes) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count('\n') == 1 and not any(tmp_path.iterdir())
+
+
+# ---- Windows and scores ---------------------------------------------------------------------------------
+
+
+class Pixelwise(nn.Module):
+    """Logits of a pixel by its own colours alone; `seen` are the sizes of what came."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(tuple(images.shape[2:]))
+        return images * torch.tensor([1.0, 2.0, 0.5]).view(3, 1, 1)
+
+
+@pytest.mark.parametrize('n, expected', [(512, [0]), (513, [0, 1]), (683, [0, 171]), (853, [0, 341]),
+                                         (1024, [0, 341, 512]), (2048, [0, 341, 682, 1023, 1364, 1536])])
+def test_windows_of_512_start_where_setrs_do(n, expected):
+    assert segmentation.starts(n, 512) == expected
+
+
+@given(st.integers(3, 40), st.integers(3, 40), st.integers(3, 12))
+def test_a_model_that_sees_one_pixel_says_the_same_in_windows(H, W, size):
+    model, images = Pixelwise(), torch.randn(2, 3, H, W)
+    torch.testing.assert_close(segmentation.slide(model, images, size), model(images))
+    assert {*model.seen[:-1]} == {(size, size)}
+
+
+def test_where_windows_overlap_their_mean_counts():
+    def model(images):
+        return images[:, :1] * 0 + torch.arange(6.0)  # the column in the window
+    found = segmentation.slide(model, torch.zeros(1, 3, 6, 8), 6)  # windows from column 0 and 2
+    assert found[0, 0, 0].tolist() == [0, 1, 1, 2, 3, 4, 4, 5]
+
+
+@given(st.integers(5, 30), st.integers(5, 30), st.integers(0, 99))
+def test_a_mirrored_image_has_a_mirrored_answer_at_several_scales(H, W, seed):
+    """Each scale is seen twice, as it is and mirrored: a model that prefers a side has none in the end."""
+    def sided(images):
+        tilt = torch.linspace(0, 3, images.shape[-1])
+        return Pixelwise()(images) + torch.stack([tilt, -tilt, tilt]).view(3, 1, -1)
+    image = noise_picture(seed, 3, H, W)
+    image[:, :, W // 2:] = 128  # it has two sides
+    a, b = (answer(sided, x, settings(img_size=8), CPU, [0.5, 1.0, 1.75]) for x in (image, image.flip(-1)))
+    assert a.shape == (H, W) and (a == b.flip(-1)).float().mean() > 0.97  # but for ties
+
+
+def test_the_scales_are_those_of_the_shorter_side_and_small_ones_are_padded(monkeypatch):
+    model, seen, slide = Pixelwise(), [], segmentation.slide
+
+    def watched(model, images, size):
+        seen.append(tuple(images.shape[2:]))
+        return slide(model, images, size)
+    monkeypatch.setattr(segmentation, 'slide', watched)
+    answer(model, torch.zeros(3, 20, 30, dtype=torch.uint8), settings(img_size=8), CPU, [0.5, 2.0])
+    assert seen == [(4, 6), (4, 6), (16, 24), (16, 24)] and {*model.seen} == {(8, 8)}
+
+
+def test_of_several_views_the_mean_of_probabilities_counts_and_not_that_of_logits():
+    views = iter([(30.0, 0.0), (0.0, 4.0), (0.0, 4.0), (0.0, 4.0)])  # one is very sure
+
+    def model(images):
+        return torch.tensor(next(views)).view(1, 2, 1, 1).expand(1, 2, *images.shape[2:])
+    assert (answer(model, torch.zeros(3, 8, 8, dtype=torch.uint8), settings(img_size=8), CPU, [0.5, 1.0]) == 1).all()
+
+
+@given(st.integers(1, 4), st.integers(0, 999))
+def test_miou_and_pixel_accuracy_are_those_of_a_loop_over_pixels_whose_largest_logit_counts(n, seed):
+    rng, how = np.random.default_rng(seed), settings(img_size=5)
+    masks = rng.choice([0, 1, 2, IGNORED], size=(n, 5, 5), p=[0.4, 0.4, 0.1, 0.1]).astype(np.uint8)
+    pictures = [(noise_picture((seed, i), 3, 5, 5), torch.from_numpy(mask)) for i, mask in enumerate(masks)]
+    both, either, right, labelled = [0] * 3, [0] * 3, 0, 0
+    for image, mask in pictures:
+        found = ((image / 255 - 0.5) / 0.5 * torch.tensor([1.0, 2.0, 0.5]).view(3, 1, 1)).argmax(dim=0)
+        for y, x in np.ndindex(5, 5):
+            if mask[y, x] != IGNORED:
+                labelled += 1
+                right += int(mask[y, x] == found[y, x])
+                for c in range(3):
+                    both[c] += int(mask[y, x] == c and found[y, x] == c)
+                    either[c] += int(mask[y, x] == c or found[y, x] == c)
+    ratios = [i / u for i, u in zip(both, either) if u]
+    expected = {'accuracy': sum(ratios) / len(ratios), 'pixel_accuracy': right / labelled}
+    assert score(Pixelwise(), pictures, how, CPU) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('scales, score_on, expected', [
+    ([], 'test', [(1.0,)]), ([0.5, 2.0], 'test', [(1.0,), [0.5, 2.0]]), ([0.5, 2.0], 'val', [(1.0,)])])
+def test_a_test_alone_is_at_several_scales_too(scales, score_on, expected, monkeypatch):
+    small = torch.tensor([[3.0, 1, 0], [2, 4, 0], [0, 0, 0]])  # 3 / 6 and 4 / 7; nobody saw the third class
+    seen, tables = [], iter([torch.eye(2), small])
+
+    def confusion(model, pictures, settings, device, scales=(1.0,)):
+        seen.append(scales)
+        return next(tables)
+    monkeypatch.setattr(segmentation, 'confusion', confusion)
+    found = score(None, [], settings(score_on=score_on), CPU, scales)
+    assert seen == expected and found['accuracy'] == found['pixel_accuracy'] == 1
+    assert found.get('multi_scale') == (pytest.approx((3 / 6 + 4 / 7) / 2) if len(expected) == 2 else None)
+
+
+# ---- Augmentation ---------------------------------------------------------------------------------------
+
+
+def picture_of(mask):
+    """An image whose colours say what its mask has: 40 times the class; 250 where nothing is labelled."""
+    return (40 * mask.float()).where(mask != IGNORED, torch.tensor(250.0)).to(torch.uint8).repeat(3, 1, 1)
+
+
+def augmented(mask, S, seed, distort=True):
+    """What SETR's augmentation makes of a mask and its picture, for S pixels; with its change of colours or without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not distort:
+            patch.setattr(segmentation, 'distort', lambda image, rng: image.float())
+        return scale_crop(picture_of(mask), mask, settings(img_size=S).backbone, None, seed)
+
+
+@given(st.integers(10, 60), st.integers(10, 60), st.integers(8, 24), st.integers(0, 999))
+def test_image_and_mask_change_together(H, W, S, seed):
+    """A mask drawn from the image is still the image's at each pixel whose neighbours agree; padding is right and
+    below."""
+    rng = np.random.default_rng(seed)
+    mask = torch.from_numpy(rng.integers(0, 6, (2, 3), dtype=np.uint8)).repeat_interleave(H, 0).repeat_interleave(W, 1)
+    mask = mask[:H, :W] if rng.random() < 0.5 else mask[H // 2:H // 2 + H, W // 2:W // 2 + W]
+    image, window = augmented(mask, S, seed, distort=False)
+    assert image.shape == (3, S, S) and window.shape == (S, S)
+    padded = (image == 127.5).all(dim=0)  # the mean colour, which no class has, nor a mixture of them in whole numbers
+    assert torch.equal(window == IGNORED, padded) and {*window.unique().tolist()} <= {*mask.unique().tolist(), IGNORED}
+    height, width = (int((~padded).any(dim=d).sum()) for d in (1, 0))
+    assert not padded[:height, :width].any() and padded[height:].all() and padded[:, width:].all()
+    labels = window[:height, :width].float()
+    if min(labels.shape) > 6:
+        around = F.unfold(F.pad(labels[None, None], (3, 3, 3, 3), value=-1), 7).view(49, *labels.shape)
+        flat = (around == labels).all(dim=0)
+        close(image[0, :height, :width][flat].double(), 40 * labels[flat].double())
+
+
+def test_windows_with_one_class_alone_are_drawn_again_up_to_ten_times():
+    mask = torch.zeros(64, 256, dtype=torch.uint8)
+    mask[:, 224:] = 1
+    counts = torch.stack([augmented(mask, 16, seed)[1].flatten().bincount(minlength=256)[:2] for seed in range(60)])
+    share = counts.amax(dim=1) / counts.sum(dim=1)
+    assert 18 < (share < 0.75).sum() < 48  # of single draws it would be 4
+    assert ((share >= 0.75) & (share < 1)).sum() < 6
+
+
+def test_half_of_the_images_are_mirrored_and_sizes_go_from_half_to_double(monkeypatch):
+    left, sides, resize = 0, [], segmentation.resize
+
+    def watched(image, size, *args, **how):
+        sides.append(size[0])
+        return resize(image, size, *args, **how)
+    monkeypatch.setattr(segmentation, 'resize', watched)
+    for seed in range(100):
+        _, window = augmented(torch.arange(16, dtype=torch.uint8).repeat(16, 1), 16, seed)  # rises to the right
+        row = window[0][window[0] != IGNORED]
+        left += int(row[0] > row[-1])
+    shorter = sides[::2]
+    assert min(shorter) < 10 and max(shorter) > 30 and all(8 <= side <= 32 for side in shorter)
+    assert 30 < left < 70
+
+
+def test_colours_are_distorted_each_way_in_half_of_all_cases_and_stay_colours():
+    image, grey = noise_picture(0, 3, 6, 6), torch.full((3, 2, 2), 100, dtype=torch.uint8)
+    found = [segmentation.distort(image, np.random.default_rng(seed)) for seed in range(200)]
+    assert all(x.shape == image.shape and x.min() >= 0 and x.max() <= 255 for x in found)
+    same = sum(torch.allclose(x, image.float(), atol=1e-3) for x in found)
+    assert 3 < same < 30  # 1 of 16
+    greys = [segmentation.distort(grey, np.random.default_rng(seed))[0, 0, 0].item() for seed in range(400)]
+    assert 34 <= min(greys) + 0.01 < 55  # (100 - 32) * 0.5 = 34
+    assert 160 < max(greys) <= 198.01  # (100 + 32) * 1.5 = 198
+    assert 0.18 < sum(abs(x - 100) < 1e-3 for x in greys) / 400 < 0.32  # neither brightness nor contrast
+
+
+def test_batches_are_the_same_again_and_each_picture_is_augmented_in_its_own_way_and_anew_in_each_epoch():
+    mask, how = torch.arange(16, dtype=torch.uint8).repeat(16, 1), settings(batch=3, img_size=16)
+    whole, again, other = ([*data.batches([(picture_of(mask), mask)] * 5, how, CPU, epoch, scale_crop)]
+                           for epoch in (1, 1, 2))
+    assert [images.shape for images, _ in whole] == [(3, 3, 16, 16), (2, 3, 16, 16)]
+    assert all(torch.equal(*pair) for one, two in zip(whole, again) for pair in zip(one, two))
+    assert len({image.numpy().tobytes() for images, _ in whole + other for image in images}) == 10
+
+
+def test_without_augmentation_the_middle_of_an_image_and_of_its_mask_is_taken():
+    mask = torch.arange(140, dtype=torch.uint8).view(10, 14) % 6
+    image, window = segmentation.centre(picture_of(mask), mask, settings(img_size=8).backbone, None, None)
+    assert torch.equal(window, mask[1:9, 3:11]) and torch.equal(image, picture_of(window))
+
+
+def test_setrs_schedule_falls_to_a_hundredth():
+    assert [train.schedule(step, 10, 0.0, 'poly') for step in (0, 5)] == pytest.approx([1, 0.99 * 0.5 ** 0.9 + 0.01])
+    assert train.schedule(10 ** 6 - 1, 10 ** 6, 0.0, 'poly') == pytest.approx(0.01, abs=1e-4)
+    assert train.schedule(1, 20, 0.2, 'poly') == 0.5 and train.schedule(4, 20, 0.2, 'poly') == 1
+
+
+# ---- Pictures of shapes with masks ----------------------------------------------------------------------
+
+
+def test_a_mask_is_where_the_blue_shape_is_and_says_which_shape():
+    how = settings(n_train=30, n_val=5, n_test=5, grain=0.0)
+    task = data.load(how)
+    assert task.classes == ['other', *shapes.SHAPES] and len(task.train) == 30
+    assert task.guess == pytest.approx(2.6 * log(4)) and task.measure == 'mIoU'  # five heads guess
+    _, answers, _ = shapes.draw_shapes(30, how.options, seed=0)
+    for (image, mask), shape in zip(task.train, answers):
+        grey, blue = image[:, :1, :1].float(), torch.tensor(shapes.COLOURS['blue']).view(3, 1, 1)
+        part = (image[2] - grey[2]) / (blue[2] - grey[2])  # of blue in a pixel, if it is a mixture of grey and blue
+        mixture = (image - grey - part * (blue - grey)).abs().amax(dim=0) < 6
+        sure = mixture & ((part - 0.5).abs() > 0.05)  # the colours are whole numbers
+        assert set(mask.unique().tolist()) == {0, 1 + shape}
+        assert mixture[mask > 0].all() and torch.equal(mask[sure] > 0, part[sure] > 0.5)
+    sets = [{image.numpy().tobytes() for image, _ in part} for part in (task.train, task.val, task.test)]
+    assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+
+
+def test_masks_are_part_of_what_a_run_belongs_to():
+    task = data.load(settings(n_train=4, n_val=2, n_test=2))
+    before = data.digest(task, 'data')
+    image, mask = task.train[2]
+    task.train[2] = image, mask.clone()
+    task.train[2][1][40, 3] = 3
+    assert {name for name, found in data.digest(task, 'data').items() if found != before[name]} == {'train labels'}
+
+
+def masks_of(*masks):
+    return [(torch.zeros(3, 48, 48, dtype=torch.uint8), mask) for mask in masks]
+
+
+FLAT = torch.zeros(48, 48, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize('sets, scales, said', [
+    ((masks_of(FLAT + IGNORED), [], masks_of(FLAT)), (), 'no pixel of the pictures of train is labelled'),
+    ((masks_of(FLAT), masks_of(FLAT + IGNORED), masks_of(FLAT)), (), 'no pixel of the pictures of val is labelled'),
+    ((masks_of(FLAT), [], masks_of(FLAT + IGNORED)), (), 'no pixel of the pictures of test is labelled'),
+    ((masks_of(FLAT), [], masks_of(FLAT, FLAT + 2)), (), 'a mask of test is torch.uint8 .48, 48. with .2., not uint8'),
+    ((masks_of(FLAT.long()), [], masks_of(FLAT)), (), 'a mask of train is torch.int64'),
+    ((masks_of(FLAT[1:]), [], masks_of(FLAT)), (), 'a mask of train is torch.uint8 .47, 48.'),
+    ((masks_of(FLAT), [], masks_of(FLAT)), [1, 0], 'scales has numbers above 0 and up to 4, not .1, 0.')])
+def test_masks_and_scales_that_cannot_be_used_are_refused(sets, scales, said):
+    with pytest.raises(InputError, match=said):
+        segmentation.task(*sets, ['road', 'sky'], scales=scales)
+
+
+@pytest.mark.parametrize('task, changes, said', [
+    ('shapes_masks', dict(augment='crop_flip'), 'augment=crop_flip: for shapes_masks it is none or scale_crop'),
+    ('where_blue', dict(augment='scale_crop'), 'augment=scale_crop: for where_blue it is crop_flip or none'),
+    ('shapes_masks', dict(scales='[5]'), 'scales has numbers above 0 and up to 4'),
+    ('shapes_masks', dict(schedule='linear'), 'schedule is one of cosine, poly')])
+def test_settings_that_do_not_fit_masks_are_one_line(task, changes, said, tmp_path, capsys):
+    assert run(tmp_path, '--task', task, '--method', 'linear', **SMALL | changes) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count('\n') == 1
+
+
+# ---- Pictures and masks in files: ADE20K, and a task of one's own ---------------------------------------
+
+
+def save(pixels, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def ade(folder, train=7, val=3):
+    """A small ADE20K as it is unpacked, in pictures of different sizes. Returns its folder."""
+    root = folder / 'ADEChallengeData2016'
+    for part, n, name in (('training', train, 'train'), ('validation', val, 'val')):
+        for i in range(n):
+            H, W = 40 + i, 56 - 2 * i
+            mask = np.random.default_rng((i, n)).integers(0, 151, (5, 6), dtype=np.uint8)
+            mask = mask.repeat(8 + i, 0).repeat(10, 1)[:H, :W]
+            save(np.stack([mask, 255 - mask, mask // 2], axis=-1), root / f'images/{part}/ADE_{name}_{i + 1:08d}.jpg')
+            save(mask, root / f'annotations/{part}/ADE_{name}_{i + 1:08d}.png')
+    return root
+
+
+def ade_settings(folder, **changes):
+    changes = TINY | dict(data=str(folder), n_train=5, n_val=2, n_test=3, img_size=16, batch=4, N=2,
+                          scales=[0.5, 1.5]) | changes
+    return train.settings_of(CONFIGS, 'ade20k', NANO, 'cdc_da', changes)
+
+
+def test_ade20k_is_read_as_it_is_unpacked_and_label_0_is_ignored(tmp_path):
+    root = ade(tmp_path)
+    (root / 'images' / 'training' / '._ADE_train_00000001.jpg').write_bytes(b'a Mac was here')
+    task = data.load(ade_settings(tmp_path, n_test=4))
+    assert [len(part) for part in (task.train, task.val, task.test)] == [5, 2, 3] and len(task.classes) == 150
+    assert task.notes == [f'ADE20K in {root}', '3 images to test on, and not 4'] and [*task.augments] == ['scale_crop']
+    assert [path.name for path, _ in task.test.samples] == [f'ADE_val_0000000{i}.jpg' for i in (1, 2, 3)]
+    assert {path.parent.name for part in (task.train, task.val) for path, _ in part.samples} == {'training'}
+    assert len({path for part in (task.train, task.val) for path, _ in part.samples}) == 7
+    image, mask = task.test[1]
+    pixels = np.asarray(Image.open(root / 'annotations/validation/ADE_val_00000002.png')).astype(int)
+    assert image.shape == (3, 41, 54) and mask.shape == (41, 54)
+    assert mask.tolist() == np.where(pixels == 0, IGNORED, pixels - 1).tolist()
+
+
+def test_the_index_of_a_palette_is_the_label_and_an_image_that_exif_turns_is_refused_beside_a_mask(tmp_path):
+    """Masks with palettes are what mmsegmentation's tools write. A mask does not say whether it was turned too."""
+    names, pixels = (tmp_path / 'image.jpg', tmp_path / 'mask.png'), np.arange(12, dtype=np.uint8).reshape(3, 4) % 4
+    mask = Image.fromarray(pixels)
+    mask.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200, 9, 9, 9])
+    mask.save(names[1])
+    for orientation in 1, 3:
+        (exif := Image.Exif())[0x0112] = orientation
+        Image.new('RGB', (4, 3)).save(names[0], exif=exif)
+        files = segmentation.MaskFiles([names], 3)
+        if orientation == 1:
+            assert mask.mode == 'P' and files[0][1].tolist() == (pixels - 1).tolist()  # 0 - 1 is 255, IGNORED
+    with pytest.raises(InputError, match='image.jpg: its EXIF data turn it, .* save it upright'):
+        files[0]
+
+
+THIRD = 'annotations/training/ADE_train_00000003.png'
+SECOND = 'images/validation/ADE_val_00000002.jpg'
+
+
+@pytest.mark.parametrize('file, change, said', [
+    (THIRD, lambda x: x[1:], 'ADE_train_00000003.png: not the mask of an image .it has .41, 52. pixels'),
+    (THIRD, lambda x: np.full_like(x, 151), 'ADE_train_00000003.png: .* label 151'),
+    (THIRD, lambda x: x.astype(np.uint16), 'ADE_train_00000003.png: .* mode is I;16'),
+    (THIRD, lambda x: np.stack([x] * 3, axis=-1), 'ADE_train_00000003.png: .* mode is RGB'),
+    (THIRD, 60, 'ADE_train_00000003.png: not the mask'),
+    (THIRD, None, 'ADE_train_00000003.jpg: there is no mask for it'),
+    (SECOND, None, 'ADE_val_00000002.png: there is no image for it'),
+    (SECOND, 2, 'ADE_val_00000002.jpg: not an image'),
+    ('*/training/*', None, 'images/training: no images there'),
+    ('annotations/training/*', np.zeros_like, 'no pixel of the pictures of train is labelled')])
+def test_bad_pictures_are_one_line_with_the_files_name_before_training(file, change, said, tmp_path):
+    """A file is changed, cut after some bytes, or gone."""
+    for path in ade(tmp_path).glob(file):
+        if callable(change):
+            save(change(np.asarray(Image.open(path))), path)
+        elif change:
+            path.write_bytes(path.read_bytes()[:change])
+        else:
+            path.unlink()
+    settings = ade_settings(tmp_path)
+    with pytest.raises(InputError, match=said) as error:
+        data.learned_and_scored(data.load(settings), settings, CPU)
+    assert '\n' not in str(error.value)
+
+
+def test_the_classes_have_the_names_that_lie_beside_the_pictures(tmp_path):
+    root = ade(tmp_path)
+    assert data.load(ade_settings(tmp_path)).classes[:2] == ['1', '2']
+    rows = [f'{i + 1}\t0.1\t1\t1\t0\tthing {i}, object {i}  ' for i in range(150)]
+    (root / 'objectInfo150.txt').write_text('\n'.join(['Idx\tRatio\tTrain\tVal\tStuff\tName', *rows]) + '\n')
+    assert data.load(ade_settings(tmp_path)).classes == [f'thing {i}' for i in range(150)]
+    (root / 'objectInfo150.txt').write_text('\n'.join(rows))
+    with pytest.raises(InputError, match='objectInfo150.txt: 149 names, and not 150'):
+        data.load(ade_settings(tmp_path))
+    with pytest.raises(InputError, match='classes=20: ADE20K has 150'):
+        data.load(ade_settings(tmp_path, classes=20))
+
+
+def test_a_run_on_ade20k_has_all_scores_and_the_same_bits_from_memory_or_files_and_after_an_interruption(
+        tmp_path, monkeypatch):
+    ade(tmp_path)
+    result = train.run(ade_settings(tmp_path, runs=str(tmp_path / 'whole')))
+    scores = [result[name] for name in ('accuracy', 'pixel_accuracy', 'multi_scale')]
+    assert all(0 <= score <= 1 for score in scores) and result['images'] == 3
+
+    def stopped(*args, whole=train.train):
+        yield next(whole(*args))
+        raise KeyboardInterrupt
+    settings = ade_settings(tmp_path, runs=str(tmp_path / 'parts'), cache_gb=0.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, 'train', stopped)
+        train.run(settings)
+    again = train.run(settings)  # its batch norms, too, go on
+    assert again['params_digest'] == result['params_digest'] and again['multi_scale'] == scores[2]
+
+
+OWN = '''
+from torch import nn
+
+
+class Shift(nn.Module):
+    def __init__(self, vit, classes, settings):
+        super().__init__()
+        self.vit, self.b = vit, nn.Parameter(vit.cls_token.detach().clone())
+
+    def forward(self, images):
+        tokens = self.vit.embed(images) + self.b
+        for layer in self.vit.blocks:
+            tokens, _ = layer(tokens, need_weights=False)
+        return self.head(self.vit.read(tokens))
+'''
+
+
+def test_a_file_that_the_project_does_not_know_brings_a_task_with_masks_and_a_method(tmp_path, monkeypatch, capsys):
+    """The example of segmentation.py, as it stands there, in a run from another folder."""
+    lines = segmentation.__doc__.split('\n\n    from')[1].split('\n    python')[0]
+    (tmp_path / 'my_masks.py').write_text(('from' + lines).replace('\n    ', '\n') + OWN)
+    for i, part in enumerate(['train'] * 6 + ['val'] * 2 + ['test'] * 3):
+        mask = np.random.default_rng(i).integers(0, 3, (5, 6), dtype=np.uint8).repeat(8 + i, 0).repeat(10, 1)
+        save(np.stack([80 * mask] * 3, axis=-1), tmp_path / 'data' / 'roads' / part / f'{i}.jpg')
+        save(mask, tmp_path / 'data' / 'roads' / part / f'{i}.png')
+    monkeypatch.chdir(tmp_path)
+    command = ['--task', 'my_masks.py:roads', '--model', NANO, '--method', 'vpt,my_masks.py:Shift']
+    assert run(tmp_path / 'runs', *command, augment='scale_crop', img_size=24, batch=4) == 0
+    assert report.main(['--set', f'runs={tmp_path}/runs']) == 0
+    out, folders = capsys.readouterr().out, folders_of(tmp_path / 'runs')
+    assert 'task      my_masks.py:roads: 6 + 2 images' in out and '| my_masks.py:roads (mIoU) |' in out
+    assert {folder.relative_to(tmp_path / 'runs').parts[0] for folder in folders} == {'my_masks.py_roads'}
+    assert [folder.parent.name.split(',')[0] for folder in folders] == ['my_masks.py_Shift', 'vpt']
+    for result in map(train.read_result, folders):
+        assert result['classes'] == ['road', 'sky'] and result['final_loss'] < 2.6 * log(2)
+        assert 0 < result['accuracy'] < 1 and 0 < result['pixel_accuracy'] < 1 and 'multi_scale' not in result
+
+
+@pytest.mark.parametrize('first, expected', [(1, [[255, 0, 1]]), (0, [[0, 1, 2]])])
+def test_masks_in_files_count_from_1_with_0_for_no_label_or_from_0_with_255(first, expected, tmp_path):
+    save(np.uint8([[0, 1, 2]]), tmp_path / 'a.png')
+    assert segmentation.read_mask(tmp_path / 'a.png', (1, 3), 3, first).tolist() == expected
+    save(np.uint8([[255, 1, 3 + first]]), tmp_path / 'a.png')
+    with pytest.raises(InputError, match=f'has the label {(3, 255)[first]}, and they go from {first} to {2 + first}'):
+        segmentation.read_mask(tmp_path / 'a.png', (1, 3), 3, first)
+
+
+# ---- Runs -----------------------------------------------------------------------------------------------
+
+
+BOTH = '--task', 'shapes_masks', '--method', 'linear,cdc'
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """The folder of the runs of linear probing and CDC."""
+    folder = tmp_path_factory.mktemp('runs')
+    assert run(folder, *BOTH, **SMALL) == 0
+    return folder
+
+
+def opened(folder, method):
+    settings = tiny('shapes_masks', method, runs=folder, **SMALL)
+    return train.folder_of(settings), finished.open_run(settings)
+
+
+def test_look_draws_picture_truth_and_the_answer_of_each_run_side_by_side(runs):
+    assert run(runs, *BOTH, program=look, **SMALL) == 0
+    drawn, side = np.asarray(Image.open(next(runs.rglob('masks*.png')))).astype(int)[18:], look.TILE + 2
+    assert drawn.shape == (3 * side + 2, 4 * side + 2, 3)  # below the words: three test pictures, two runs
+    for column, method in enumerate(('linear', 'cdc'), start=2):
+        _, (settings, task, model, *_) = opened(runs, method)
+        for row, (image, mask) in enumerate(task.test):
+            found = look.painted(image, answer(model, image, settings, CPU), 4)
+            for at, picture in (0, image), (1, look.painted(image, mask, 4)), (column, found):
+                tile = drawn[2 + row * side:(row + 1) * side, 2 + at * side:(at + 1) * side]
+                assert (tile == data.resize(picture, [look.TILE, look.TILE]).permute(1, 2, 0).numpy()).all()
+
+
+def test_a_finished_run_answers_as_when_it_was_scored_and_paints_its_answer_over_a_photo(runs, tmp_path, capsys):
+    folder, (settings, task, model, _, result) = opened(runs, 'linear')
+    again = task.score(model, task.test, settings, CPU)
+    assert again.items() <= result.items() and {*again} == {'accuracy', 'pixel_accuracy'}
+    save(np.random.default_rng(0).integers(0, 256, (30, 70, 3), dtype=np.uint8), tmp_path / 'a.png')
+    argv = ['--task', 'shapes_masks', '--method', 'linear', '--image', str(tmp_path / 'a.png')]
+    assert run(runs, *argv, program=look, **SMALL) == 0
+    assert Image.open(folder / 'a-mask.png').size == (70, 30)
+    out = capsys.readouterr().out
+    assert 'a-mask.png: ' in out and '%' in out and any(name in out for name in ('other', *shapes.SHAPES))
+
+
+def test_noise_and_one_picture_with_runs_without_masks_are_refused_in_one_line(runs, capsys):
+    assert run(runs, *BOTH, program=noise, **SMALL) == 2
+    assert 'this is segmentation' in capsys.readouterr().err
+    assert run(runs, '--task', 'where_blue', '--method', 'linear', **SMALL) == 0
+    assert run(runs, '--task', 'shapes_masks,where_blue', '--method', 'linear', program=look, **SMALL) == 2
+    assert 'runs with masks are drawn by themselves' in capsys.readouterr().err
+
+
+def test_a_search_takes_the_best_miou(tmp_path):
+    argv, how = ['--task', 'shapes_masks', '--method', 'linear', '--search'], SMALL
+    assert run(tmp_path, *argv, program=sweep, grid='{lr: [0.000001, 0.3]}', **how) == 0
+    rows = json.loads(next(tmp_path.rglob('search.json')).read_text())
+    best = settings(runs=tmp_path, **how, lr=rows[0]['lr'], score_on='val')
+    point = train.read_result(train.folder_of(best))
+    assert rows[0]['accuracy'] == point['accuracy'] == max(row['accuracy'] for row in rows) != point['pixel_accuracy']
+
+
+def test_a_guess_at_all_heads_is_not_said_to_have_learned_nothing(tmp_path, capsys):
+    """The loss is that of five heads: a guess's is 2.6 ln C."""
+    assert run(tmp_path, '--task', 'shapes_masks', '--method', 'linear', **SMALL | dict(lr=0.01)) == 0
+    loss = train.read_result(folders_of(tmp_path)[0])['final_loss']
+    assert log(4) < loss < 2.6 * log(4) and 'has learned nothing' not in capsys.readouterr().out

@@ -1,0 +1,373 @@
+"""Whatever happens to a run, what was computed is there, and going on gives what never stopping gives."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import fields, replace
+
+import faults
+import pytest
+import torch
+import torchvision
+from faults import outcome
+from pictures import no_network, oxford, run, tiny  # noqa: F401
+
+import data
+import train
+
+HOW = dict(epochs=4, img_size=16, n_train=24, n_val=8, n_test=8)  # two steps an epoch
+
+
+def config_of(folder, **changes):
+    return tiny(runs=folder, **HOW | changes)
+
+
+def stop_at(monkeypatch, epoch, step):
+    """The next run is interrupted in a step of an epoch, both counted from 0; or while it is scored, epoch None."""
+    batches = data.batches
+
+    def stopped(pictures, config, device, now=None, *part):
+        for i, batch in enumerate(batches(pictures, config, device, now, *part)):
+            if (now, i) == (epoch, step):
+                monkeypatch.setattr(data, 'batches', batches)
+                raise KeyboardInterrupt
+            yield batch
+    monkeypatch.setattr(data, 'batches', stopped)
+
+
+def run_and_stop(monkeypatch, config, epoch=2, step=0):
+    stop_at(monkeypatch, epoch, step)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config)
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    """What runs that were never stopped leave, by method."""
+    left = {}
+
+    def run_once(method='ivpt', **changes):
+        if (key := (method, *changes.items())) not in left:
+            folder = tmp_path_factory.mktemp('whole')
+            train.run(config_of(folder, method=method, **changes))
+            left[key] = outcome(folder)
+        return left[key]
+    return run_once
+
+
+@pytest.mark.parametrize('method, changes', [('ivpt', {}), ('full', {'optimizer': 'AdamW', 'lr': 0.001})])
+@pytest.mark.parametrize('where', [(0, 1), (1, 0), (2, 1), (3, 1), (None, 0)])
+def test_a_run_that_was_stopped_and_went_on_leaves_what_one_that_never_stopped_leaves(
+        method, changes, where, tmp_path, monkeypatch, uninterrupted):
+    """Also with other settings of the machine."""
+    run_and_stop(monkeypatch, config_of(tmp_path, method=method, **changes), *where)
+    said = io.StringIO()
+    with redirect_stdout(said):
+        train.run(config_of(tmp_path, method=method, **changes, data='elsewhere', workers=1, cache_gb=0.5))
+    assert f'resumed   after epoch {4 if where[0] is None else where[0]}, ' in said.getvalue()
+    assert outcome(tmp_path) == uninterrupted(method, **changes)
+
+
+@pytest.mark.parametrize('name, nth', [('checkpoint.pth', 0), ('checkpoint.pth', 3), ('log.jsonl', 0), ('log.jsonl', 2),
+                                       ('log.jsonl', 4), ('params.pth', 0), ('result.json', 0)])
+def test_a_run_that_was_stopped_in_a_write_has_no_result_and_goes_on_to_the_same(
+        name, nth, tmp_path, monkeypatch, uninterrupted):
+    """After the last log no epoch is left to write it again. A result is there only when its parameters are."""
+    write, names = train.write, []
+
+    def stopped(path, content):
+        names.append(path.name)
+        if path.name == name and names.count(name) == nth + 1:
+            raise KeyboardInterrupt
+        write(path, content)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, 'write', stopped)
+        train.run(config_of(tmp_path))
+    assert not list(tmp_path.rglob('result.json'))
+    assert len(list(tmp_path.rglob('params.pth'))) == (name == 'result.json')
+    train.run(config_of(tmp_path))
+    assert outcome(tmp_path) == uninterrupted()
+
+
+def test_other_random_numbers_are_the_same_after_an_interruption_too(tmp_path, monkeypatch):
+    """A student who adds dropout keeps this property: the loop seeds all generators, epoch by epoch."""
+    make_model = train.make_model
+
+    def with_dropout(*args):
+        model, identity = make_model(*args)
+        model.head = torch.nn.Sequential(torch.nn.Dropout(0.5), model.head)
+        return model, identity
+    monkeypatch.setattr(train, 'make_model', with_dropout)
+    train.run(config_of(tmp_path / 'whole'))
+    run_and_stop(monkeypatch, config_of(tmp_path / 'stopped'), 2, 1)
+    torch.rand(17)  # another process has drawn other numbers
+    train.run(config_of(tmp_path / 'stopped'))
+    assert outcome(tmp_path / 'stopped') == outcome(tmp_path / 'whole')
+
+
+def test_each_epoch_of_each_seed_has_random_numbers_of_its_own(tmp_path, monkeypatch):
+    batches, seeds = data.batches, []
+
+    def watched(pictures, config, device, now=None, *part):
+        seeds.extend([torch.initial_seed()] if now is not None else [])
+        return batches(pictures, config, device, now, *part)
+    monkeypatch.setattr(data, 'batches', watched)
+    for seed in (0, 1):
+        train.run(config_of(tmp_path, method='linear', seed=seed))
+    assert len(seeds) == len(set(seeds)) == 8
+
+
+def test_pictures_in_files_leave_the_same_bits_in_memory_or_not_and_with_threads_or_without(tmp_path):
+    oxford(tmp_path)
+    outcomes = []
+    for workers, cache_gb in ((0, 0.0), (2, 0.0), (2, 8.0)):
+        runs = tmp_path / f'{workers}{cache_gb}'
+        train.run(tiny('pets', data=tmp_path, runs=runs, workers=workers, cache_gb=cache_gb, img_size=24, k=2,
+                       n_train=20, n_val=5))
+        outcomes.append(outcome(runs))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def test_a_result_holds_what_its_bits_depend_on_beside_the_settings(tmp_path):
+    result = train.run(config_of(tmp_path, method='linear'))
+    assert result['environment'] == {
+        'torch': str(torch.__version__), 'torchvision': torchvision.__version__, 'threads': torch.get_num_threads(),
+        'device': train.find_device().type}
+
+
+# ---- Going on with other settings -----------------------------------------------------------------------
+
+
+def test_other_settings_in_the_same_folder_are_refused_with_the_difference(tmp_path, monkeypatch):
+    """What the command line changes has another folder. An entry of configs.yaml may have been changed."""
+    run_and_stop(monkeypatch, config := config_of(tmp_path))
+    changed = replace(config, loop=replace(config.loop, lr=0.5), prompts=replace(config.prompts, N=3))
+    with pytest.raises(train.InputError, match='N 10 -> 3, lr 0.07 -> 0.5.*--again'):
+        train.run(changed)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """Goes on with a finished run as if it had been begun with another value of a setting; None: without it."""
+    config = config_of(tmp_path_factory.mktemp('finished'), method='linear', epochs=1)
+    result = train.run(config)
+
+    def begun_with(group, name, value):
+        begun = json.loads(json.dumps(result))
+        where = begun['identity'] if group == 'identity' else begun['settings'][group]
+        where[name] = value
+        if value is None:
+            del where[name]
+        (train.folder_of(config) / 'result.json').write_text(json.dumps(begun))
+        return train.run(config) == begun
+    return begun_with
+
+
+@pytest.mark.parametrize('name', [x.name for x in fields(train.Machine)])
+def test_what_is_finished_is_not_run_again_and_a_machines_setting_may_change_or_be_missing(name, finished, capsys):
+    assert finished('machine', name, 'another') and finished('machine', name, None)
+    assert capsys.readouterr().out.count('finished before') == 2
+
+
+NUMBERS = {'backbone': train.Backbone, 'prompts': train.Prompts, 'pictures': train.Pictures, 'loop': train.Loop}
+NUMBERS = [(group, x.name) for group, kind in NUMBERS.items() for x in fields(kind) if x.name != 'precision']
+
+
+@pytest.mark.parametrize('group, name', [*NUMBERS, ('options', 'ask'), ('options', 'grain')])
+def test_any_other_setting_is_refused_when_it_changes_and_when_only_one_of_two_runs_has_it(group, name, finished):
+    for value in 'another', None:
+        with pytest.raises(train.InputError, match=rf'\b{name} .*--again'):
+            finished(group, name, value)
+
+
+@pytest.mark.parametrize('name', ['precision', 'backbone', 'train sizes'])
+def test_a_run_that_was_made_of_something_else_is_refused(name, finished):
+    with pytest.raises(train.InputError, match=rf"\b{name} 'another' -> .*--again"):
+        finished('identity', name, 'another')
+
+
+def test_what_counts_of_the_precision_is_what_it_computes_in(finished):
+    """`auto` is another format on another device."""
+    assert finished('loop', 'precision', 'auto')
+
+
+def test_a_setting_that_there_is_no_more_is_refused(finished):
+    with pytest.raises(train.InputError, match='of_old 3 -> None'):
+        finished('loop', 'of_old', 3)
+
+
+def test_the_scale_of_float16s_loss_goes_on_where_it_was(tmp_path):
+    about = {'settings': train.as_dict(config_of(tmp_path)), 'identity': {}, 'environment': {}}
+    for factor in 3.0, None:
+        model = torch.nn.Linear(2, 2)
+        scaler = torch.amp.GradScaler('cpu', init_scale=factor or 2.0)
+        scaler.scale(torch.ones(()))
+        state = train.State(model, torch.optim.SGD(model.parameters()), scaler, [])
+        train.save(tmp_path, state, about) if factor else train.resume(tmp_path, state, about)
+    assert scaler.get_scale() == 3
+
+
+def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
+    run_and_stop(monkeypatch, config_of(tmp_path))
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 99)
+    train.run(config_of(tmp_path))
+    assert 'threads 1 -> 99: not the same bits' in capsys.readouterr().out
+
+
+# ---- Damage ---------------------------------------------------------------------------------------------
+
+
+class Code:
+    """What a pickle can hold: a call."""
+
+    def __reduce__(self):
+        return print, ('this was run',)
+
+
+def with_code(content, tmp_path):
+    torch.save(Code(), tmp_path / 'code.pth')
+    return (tmp_path / 'code.pth').read_bytes()
+
+
+@pytest.mark.parametrize('damage', [
+    lambda content, _: content[:len(content) // 2],
+    lambda content, _: content[:5000] + bytes([content[5000] ^ 4]) + content[5001:],
+    lambda content, _: b'', lambda content, _: b'x' * 1000, with_code])
+def test_a_damaged_checkpoint_is_named_and_the_run_starts_over(damage, tmp_path, monkeypatch, uninterrupted, capsys):
+    """One with code in it is damaged: the code is not run."""
+    config = config_of(tmp_path / 'runs')
+    run_and_stop(monkeypatch, config, 3, 1)
+    file = train.folder_of(config) / 'checkpoint.pth'
+    file.write_bytes(damage(file.read_bytes(), tmp_path))
+    capsys.readouterr()
+    train.run(config)
+    said = capsys.readouterr().out
+    assert f'{file} is damaged and is not used' in said and 'resumed' not in said and 'this was run' not in said
+    assert outcome(tmp_path / 'runs') == uninterrupted()
+
+
+@pytest.mark.parametrize('name, contents', [
+    ('result.json', [b'', b'{', b'[1]', b'null', b'{"accuracy": 0.99}', b'[' * 100_000, b'\xff']),
+    ('params.pth', [b'', b'x' * 27_000])])
+def test_a_damaged_result_or_parameters_of_another_run_are_made_again_from_the_checkpoint(
+        name, contents, tmp_path, capsys):
+    config = config_of(tmp_path)
+    first = train.run(config)
+    file = train.folder_of(config) / name
+    whole = file.read_bytes()
+    for content in contents:
+        file.write_bytes(content)
+        assert train.run(config) == first and file.read_bytes() == whole
+        assert 'after epoch 4' in capsys.readouterr().out
+    file.unlink()
+    assert train.run(config) == first and file.read_bytes() == whole
+
+
+# ---- Files that cannot be written -----------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_the_first_epoch(tmp_path, capfd):
+    (tmp_path / 'file').write_text('')
+    assert run(tmp_path / 'file', '--method', 'linear', img_size=24) == 2
+    out, err = capfd.readouterr()
+    assert err.count('\n') == 1 and 'cannot be written' in err and 'epoch  ' not in out
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_epochs_before_are_whole(
+        tmp_path, monkeypatch, capfd, uninterrupted):
+    fsync, calls = train.os.fsync, []
+
+    def full(number):
+        calls.append(number)
+        if len(calls) > 7:  # two files a time: after epoch 3 the checkpoint is written, the log is not
+            raise OSError(28, 'No space left on device')
+        fsync(number)
+    monkeypatch.setattr(train.os, 'fsync', full)
+    assert run(tmp_path, '--method', 'ivpt', '--seed', '0,1', **HOW) == 2
+    err = capfd.readouterr().err
+    assert err.count('\n') == 1 and 'log.jsonl cannot be written (No space left on device)' in err
+    assert not list(tmp_path.rglob('*.part'))
+    monkeypatch.setattr(train.os, 'fsync', fsync)
+    assert run(tmp_path, '--method', 'ivpt', '--seed', '0,1', **HOW) == 0
+    assert 'after epoch 3' in capfd.readouterr().out
+    assert outcome(tmp_path) == uninterrupted()
+
+
+def test_kills_damages_and_a_full_disk_lose_nothing(tmp_path):
+    """A few; `python tests/tools/faults.py` tries many."""
+    table = faults.faults(tmp_path, kills=3, damages=1, disks=1, seed=1, mounting=False)
+    assert sum(map(len, table.values())) == 9 and not list(filter(None, sum(table.values(), []))), table
+
+
+# ---- One run that does not stop the others --------------------------------------------------------------
+
+
+def test_what_is_wrong_with_one_run_does_not_keep_the_next_from_its_turn(tmp_path, capfd):
+    argv = '--task', 'pets,where_blue', '--method', 'vpt,ivpt'
+    assert run(tmp_path, *argv, data=str(tmp_path), **HOW) == 2
+    err = capfd.readouterr().err
+    assert err.count('\n') == 1 and 'oxford' in err  # once, not once a method
+    assert len(list(tmp_path.rglob('result.json'))) == 2
+
+
+# ---- Signals, two at once, closed streams: in processes of their own ------------------------------------
+
+CHANGES = [f'{name}={value}' for name, value in HOW.items()]
+
+
+def signal_at(number, step):
+    """For a child: send yourself a signal in a step, counted from 0."""
+    steps, backward = [], torch.Tensor.backward
+
+    def counted(*args):
+        steps.append(1)
+        if len(steps) == step + 1:
+            os.kill(os.getpid(), number)
+        return backward(*args)
+    torch.Tensor.backward = counted
+
+
+@pytest.mark.parametrize('name, status, said', [
+    ('SIGINT', 130, '2 of 4 epochs are kept in'), ('SIGTERM', -signal.SIGTERM, '')])
+def test_after_ctrl_c_and_sigterm_a_run_goes_on_as_if_nothing_had_been(name, status, said, tmp_path, uninterrupted):
+    runs = tmp_path / 'runs'
+    pid = faults.child(runs, lambda: signal_at(getattr(signal, name), step=5), *CHANGES)
+    assert faults.ended(pid) == status
+    err = faults.said(runs, 'err')
+    assert err.count('\n') == bool(said) and said in err
+    assert ('the same command goes on from there' in err) == bool(said)
+    assert faults.ended(faults.child(runs, lambda: None, *CHANGES)) == 0
+    assert 'resumed   after epoch 2' in faults.said(runs)
+    assert outcome(runs) == uninterrupted()
+
+
+def test_two_processes_on_the_same_run_leave_what_one_leaves(tmp_path, uninterrupted):
+    def slow():
+        fsync = os.fsync
+        os.fsync = lambda number: (time.sleep(0.02), fsync(number))  # they write at the same time
+    runs = tmp_path / 'runs'
+    pids = [faults.child(runs, slow, *CHANGES) for _ in range(2)]
+    assert [faults.ended(pid) for pid in pids] == [0, 0]
+    assert not list(tmp_path.rglob('*.part')) and not faults.broken(runs)
+    assert outcome(runs) == uninterrupted()
+
+
+def test_a_stream_that_nobody_reads_any_more_ends_a_run_as_it_ends_other_commands(tmp_path):
+    def head():
+        read, write = os.pipe()
+        os.close(read)
+        sys.stdout = os.fdopen(write, 'w')
+    assert faults.ended(faults.child(tmp_path / 'runs', head)) == -signal.SIGPIPE
+    assert faults.said(tmp_path / 'runs', 'err') == ''
+
+
+def test_a_stream_that_is_full_is_one_line(tmp_path):
+    command = [sys.executable, train.__file__, *faults.ARGV, f'runs={tmp_path}']
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and done.stderr.startswith('error: '), done.stderr

@@ -1,0 +1,260 @@
+"""A task, with classes or with anything else, and a backbone that are functions in a file."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from pictures import CONFIGS, NANO, folders_of, no_network, run, tiny  # noqa: F401
+
+import data
+import train
+from vit import InputError
+
+README = (train.HERE / 'README.md').read_text(encoding='utf-8')
+SMALL = dict(img_size=16, epochs=1, k=2)
+GREYS = '''
+from dataclasses import replace
+import torch
+import data
+from vit import build
+
+
+def greys(settings, size=None, labels=(0, 1), dtype=torch.uint8, channels=3):
+    """Black or white?"""
+    size = size or settings.backbone.img_size
+    pictures = [(torch.full((channels, size, size), 255 * (i % 2), dtype=dtype), labels[i % 2]) for i in range(40)]
+    return data.Task(pictures[:20], pictures[20:30], pictures[30:], ['black', 'white'], ['black or white?'])
+
+
+def task(settings):
+    return WHAT
+'''
+MASKS = '''
+import torch
+import torch.nn.functional as F
+from torch import nn
+import data
+
+
+class Masked(nn.Module):
+    def __init__(self, tuned, num_classes):
+        super().__init__()
+        self.vit, self.P, self.to_classes = tuned.vit, tuned.P, nn.Linear(tuned.vit.D, num_classes)
+
+    def forward(self, images):
+        tokens = self.vit.embed(images)
+        for layer, P in zip(self.vit.blocks, self.P):
+            tokens, _ = layer(tokens, P, need_weights=False)
+        maps = self.to_classes(tokens[:, 1:]).transpose(1, 2)  # [B, C, M]
+        return F.interpolate(maps.unflatten(-1, (images.shape[-1] // 8, -1)), images.shape[-2:])
+
+
+def flipped(image, mask, backbone, draws, seed):
+    return image.flip(-1), mask.flip(-1)
+
+
+def score(model, pictures, settings, device):
+    right = [(model(images).argmax(dim=1) == masks).float().mean() for images, masks in
+             data.batches(pictures, settings, device)]
+    return {'accuracy': sum(right).item() / len(right), 'batches': len(right)}
+
+
+def masks(settings):
+    light = torch.rand(40, 2, 2, generator=torch.Generator().manual_seed(0)).round()  # of each patch
+    light = light.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2).byte()  # [40, S, S]
+    pictures = [(255 * x.expand(3, 16, 16), x) for x in light]
+    return data.Task(pictures[:20], pictures[20:30], pictures[30:], ['dark', 'light'], augments={'crop_flip': flipped},
+                     loss=lambda logits, masks: F.cross_entropy(logits, masks.long()), score=score,
+                     measure='right pixels', guess=0.7, head=Masked)
+'''
+BACKBONE = '''
+import vit
+
+
+def two_layers(settings, num_classes):
+    return vit.ViT(settings.backbone.img_size, 8, (12, 2, 2), num_classes, settings.backbone.readout)
+
+
+def list_of(settings, num_classes):
+    return [two_layers(settings, num_classes)]
+'''
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path, monkeypatch):
+    """Files of a user's own, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    for name, code in (('mine', GREYS), ('masks', MASKS), ('backbone', BACKBONE)):
+        (tmp_path / f'{name}.py').write_text(code)
+    return tmp_path / 'mine.py'
+
+
+@pytest.fixture
+def refusal(tmp_path, capfd):
+    """What is said of a command line that is refused: one line, and no folder of a run is made."""
+    def refused(*argv, **changes):
+        assert run(tmp_path / 'runs', '--method', 'linear', '--model', NANO, *argv, **SMALL | changes) == 2
+        err = capfd.readouterr().err
+        assert err.count('\n') == 1 and not list(tmp_path.rglob('runs/*'))
+        return err
+    return refused
+
+
+def result_of(runs):
+    folder, = folders_of(runs)
+    return json.loads((folder / 'result.json').read_text())
+
+
+# ---- A task ---------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_readme_runs_as_it_stands_there(tmp_path, capsys):
+    section = README[README.index('`my_data.py`'):]
+    code = re.search(r'```python\n(.*?)```', section, re.DOTALL)[1]
+    command = re.search(r'^python train.py (.*my_data.py.*)$', section, re.MULTILINE)[1].split()
+    (tmp_path / 'my_data.py').write_text(code)
+    assert len(code.strip().splitlines()) <= 9
+    assert run(tmp_path / 'runs', *command, **SMALL, batch=64) == 0
+    assert '600 + 200 images for training and validation, 200 for testing, 4 classes' in capsys.readouterr().out
+    assert result_of(tmp_path / 'runs')['classes'] == ['black', 'dark', 'light', 'white']
+
+
+def test_what_it_returns_is_trained_on_and_tested_on_under_its_name(tmp_path, capsys):
+    """The run's folder, the header and the result call the task by FILE.py:NAME."""
+    argv = '--task', 'mine.py:greys', '--model', NANO, '--method', 'full'
+    assert run(tmp_path / 'runs', *argv, lr=0.001, **SMALL) == 0
+    out = capsys.readouterr().out
+    assert 'task      mine.py:greys: 20 + 10 images' in out and '\n          black or white?\n' in out
+    result = result_of(tmp_path / 'runs')
+    assert result['classes'] == ['black', 'white'] and result['images'] == 10 and result['accuracy'] == 1
+    assert (result['task'], result['settings']['pictures']['source']) == ('mine.py:greys', 'mine.py:greys')
+    assert (tmp_path / 'runs' / 'mine.py_greys' / NANO).is_dir()
+
+
+def test_a_task_with_masks_brings_its_labels_its_loss_its_score_and_its_head(tmp_path, capsys):
+    argv = '--task', 'masks.py:masks', '--model', NANO, '--method', 'vpt'
+    assert run(tmp_path / 'runs', *argv, **SMALL | dict(lr=0.3, epochs=6, batch=5)) == 0
+    result, out = result_of(tmp_path / 'runs'), capsys.readouterr().out
+    assert result['measure'] == 'right pixels' and result['batches'] == 2 and result['accuracy'] > 0.9
+    assert result['trained_parameters'] == 6 * 10 * 64 + 2 * 65  # P and to_classes
+    assert 'test right pixels after the last epoch: ' in out and 'learned nothing' not in out
+
+
+def test_it_may_be_of_images_in_files(file, tmp_path):
+    for name in 'black', 'white':
+        (tmp_path / f'{name}.png').write_bytes(b'')
+    for label in 1, 7:
+        files = f"data.Files([('black.png', 0), ('white.png', {label})], data.resized(settings))"
+        file.write_text(GREYS.replace('WHAT', f"data.Task(*3 * [{files}], ['black', 'white'])"))
+        if label == 1:
+            task = data.load(tiny('mine.py:task'))
+            assert len(task.train) == 2 and task.train.samples[1] == ('white.png', 1) and task.notes == []
+    with pytest.raises(InputError, match='task: ValueError: a label is 7'):
+        data.load(tiny('mine.py:task'))
+
+
+@pytest.mark.parametrize('what, said', [
+    ('(', 'SyntaxError'), ('settings.no_such_setting', "no attribute 'no_such_setting'"),
+    ("greys(settings).train", 'returned a list, and not a data.Task'),
+    ('replace(greys(settings), train=iter(()))', 'returned a Task, and not a data.Task of lists or data.Files'),
+    ('greys(settings, dtype=torch.float32)', 'an image is torch.float32 [3, 16, 16], not uint8 [3, H, W] from 16'),
+    ('greys(settings, 15)', 'an image is torch.uint8 [3, 15, 15], not uint8'),
+    ('greys(settings, channels=1)', 'an image is torch.uint8 [1, 16, 16], not uint8'),
+    ('replace(greys(settings), val=[(x.numpy(), c) for x, c in greys(settings).val])', 'an image is uint8 [3, 16, 16]'),
+    ("replace(greys(settings), test=[('a.jpg', 0)])", "'str' object has no attribute 'dtype'"),
+    ('greys(settings, labels=(0, 2))', 'a label is 2, and not a class, an int from 0 to 1'),
+    ("greys(settings, labels=('black', 'white'))", "a label is 'black', and not a class"),
+    ("build('resnet')", "error: mine.py:task: unknown model 'resnet'")])  # what it says of wrong input is said as it is
+def test_a_file_that_is_wrong_or_raises_or_returns_something_else_is_one_line(what, said, file, refusal):
+    file.write_text(GREYS.replace('WHAT', what))
+    err = refusal('--task', 'mine.py:task')
+    assert said in err and err.startswith('error: mine.py:task: ')
+
+
+def test_a_file_or_a_function_that_is_missing_is_one_line(refusal):
+    assert 'missing.py:greys: FileNotFoundError' in refusal('--task', 'missing.py:greys')
+    assert "mine.py:grays: AttributeError: module 'mine' has no attribute 'grays'" in refusal('--task', 'mine.py:grays')
+
+
+def test_what_the_task_does_not_do_with_its_pictures_is_refused_with_what_it_does(refusal):
+    assert 'augment=none: for masks.py:masks it is crop_flip' in refusal('--task', 'masks.py:masks', augment='none')
+
+
+@pytest.mark.parametrize('setting, said', [
+    ('look=fog', "look is one of plain, waves, not 'fog'"), ('colours=[]', 'colours is some of red, green, blue'),
+    ('colours=[red, red]', "not ['red', 'red']"), ('colours=[red, pink]', 'colours is some of'),
+    ('colours=[[1]]', 'not [[1]]'), ('ask=pink', 'pink'), ('ask=where_purple', 'where_purple')])
+@pytest.mark.parametrize('task', ['where_blue', 'shapes_masks'])
+def test_questions_looks_and_colours_that_the_shapes_do_not_have_are_one_line(task, setting, said, refusal):
+    name, _, value = setting.partition('=')
+    assert said in refusal('--task', task, **{name: value})
+
+
+def test_a_task_of_configs_yaml_may_name_its_file_and_give_it_settings_of_its_own(file):
+    """They are in `options`, which is frozen too, and can be set on the command line in their types."""
+    file.write_text(GREYS.replace('WHAT', 'greys(settings, labels=settings.options.answers)'))
+    entry = {'source': 'mine.py:task', 'n_test': 10, 'answers': [1, 0]}
+    configs = CONFIGS | {'tasks': CONFIGS['tasks'] | {'mine': entry}}
+    for changes, labels in (({}, {1, 0}), ({'answers': '[1, 1]'}, {1})):
+        config = train.settings_of(configs, 'mine', NANO, 'linear', changes)
+        assert {label for _, label in data.load(config).train} == labels
+        assert train.folder_of(config).parts[3] == ('linear' if not changes else 'linear,answers=_1,_1_')
+    with pytest.raises(InputError, match='answers is a list'):
+        train.settings_of(configs, 'mine', NANO, 'linear', {'answers': '3'})
+    for wrong in 'mine', 'mine.txt:greys', '':
+        with pytest.raises(InputError, match='source is one of vtab, fgvc, folder, FILE.py:NAME, not'):
+            tiny(source=wrong)
+
+
+def test_a_file_that_is_not_in_the_working_folder_is_looked_for_beside_data_py(tmp_path):
+    assert not (tmp_path / 'tests').exists() and len(data.load(tiny()).train) == 40
+
+
+# ---- A backbone -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('method', ['linear', 'ivpt'])
+def test_a_backbone_of_a_users_own_is_tuned_as_any_other(method, tmp_path):
+    argv = '--task', 'mine.py:greys', '--model', 'backbone.py:two_layers', '--method', method
+    assert run(tmp_path / 'runs', *argv, **SMALL) == 0
+    result = result_of(tmp_path / 'runs')
+    assert result['model'] == result['settings']['backbone']['build'] == 'backbone.py:two_layers'
+    prompts = 2 * 10 * 12 + 10 * 10 + 2 * 12  # P, gamma and P_re of two layers
+    assert result['trained_parameters'] == 2 * 13 + (prompts if method == 'ivpt' else 0)
+
+
+def test_a_backbone_in_a_file_that_is_no_module_has_no_size_or_no_weights_is_one_line(refusal):
+    assert 'backbone.py:list_of: TypeError: returned a list, and not a module' in refusal(
+        '--model', 'backbone.py:list_of')
+    assert 'backbone.py:two_layers: its name has no image size: --set img_size=PIXELS' in refusal(
+        '--model', 'backbone.py:two_layers', img_size=0)
+    assert 'backbone.py:two_layers has no weights of its own' in refusal(
+        '--model', 'backbone.py:two_layers', weights='')
+
+
+def test_a_backbone_of_a_users_own_is_loaded_from_its_checkpoint(tmp_path):
+    config = tiny('mine.py:greys', **SMALL)
+    config = replace(config, model='mine', backbone=replace(config.backbone, build='backbone.py:two_layers'))
+    made, _ = train.make_model(config, data.load(config))
+    torch.save(made.vit.state_dict(), tmp_path / 'weights.pth')
+    loaded, _ = train.make_model(replace(config, machine=replace(config.machine, weights='weights.pth'), loop=replace(
+        config.loop, seed=5)), data.load(config))
+    assert all(torch.equal(x, loaded.vit.state_dict()[name]) for name, x in made.vit.state_dict().items())
+
+
+# ---- Code -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('group, key', [('pictures', 'source'), ('loop', 'tune'), ('backbone', 'build')])
+def test_only_files_that_the_user_or_configs_yaml_names_are_run(group, key, tmp_path):
+    """A result that names one is data."""
+    config = tiny(runs=tmp_path / 'runs', method='linear', **SMALL | {'n_train': 8})
+    result = train.run(config)
+    (tmp_path / 'evil.py').write_text('open("was_run", "w")')
+    result['settings'][group][key] = 'evil.py:f'
+    (train.folder_of(config) / 'result.json').write_text(json.dumps(result))
+    with pytest.raises(InputError, match=rf"{key} 'evil.py:f' -> "):
+        train.run(config)
+    assert not (tmp_path / 'was_run').exists()

@@ -1,0 +1,147 @@
+"""The settings of a run: defaults, entries of configs.yaml, the command line; and the name of its folder."""
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from pictures import CONFIGS, NANO, run
+
+import train
+from vit import InputError
+
+
+def runs_of(*argv):
+    """The settings of all runs of a command line."""
+    return train.runs_of(train.parser('').parse_args(argv), CONFIGS)
+
+
+def values_of(settings):
+    """All settings by name, whatever group they are in."""
+    return {name: x for group in asdict(settings).values() if isinstance(group, dict) for name, x in group.items()}
+
+
+def folder(*argv):
+    """The folder of the last run of a command line, within that of its task and its model."""
+    return Path(*train.folder_of(runs_of(*argv)[-1]).parts[3:]).as_posix()
+
+
+def test_the_later_one_of_defaults_model_task_method_and_command_line_wins():
+    layers = ('models', 'tasks', 'methods', 'changes')
+    for i in range(len(layers) + 1):
+        say = {layer: {'epochs': 101 + j} for j, layer in enumerate(layers[:i])}
+        configs = {'models': {'vit_tiny_patch8_32': say.get('models', {})}, 'tasks': {'t': say.get('tasks', {})},
+                   'methods': {'m': say.get('methods', {})}}
+        settings = train.settings_of(configs, 't', 'vit_tiny_patch8_32', 'm', say.get('changes'))
+        assert settings.loop.epochs == 100 + i
+
+
+@pytest.mark.parametrize('said, name, value', [
+    ('lr=1e-3', 'lr', 0.001), ('lr=1', 'lr', 1.0), ('epochs=20', 'epochs', 20), ('N=010', 'N', 10),
+    ('aggregation=false', 'aggregation', False), ('mean=[0.1, 0.2, 0.3]', 'mean', (0.1, 0.2, 0.3)),
+    ('precision=float32', 'precision', 'float32'), ('ask=where_red', 'ask', 'where_red'), ('grain=2.5', 'grain', 2.5),
+    ('colours=[red, blue]', 'colours', ['red', 'blue']), ('runs=/x/h #1', 'runs', '/x/h #1'),
+    ('runs=a=b', 'runs', 'a=b'), ('runs=null', 'runs', 'null'),
+    ('runs=~/x', 'runs', os.path.expanduser('~/x')), ('cache_gb=0.5', 'cache_gb', 0.5), ('weights=', 'weights', '')])
+def test_any_setting_can_be_given_on_the_command_line_and_has_its_type(said, name, value):
+    for settings in runs_of('--set', 'lr=0.9', said):
+        found = values_of(settings)
+        assert found[name] == value and isinstance(found[name], type(value))
+        assert found['lr'] == (value if name == 'lr' else 0.9)  # of several --set, and of one name the last
+
+
+def test_options_of_their_own_win_over_set():
+    settings, _ = runs_of('--weights', 'a.pth', '--data', '.', '--set', 'weights=b.pth', 'data=no/such')
+    assert (settings.machine.weights, settings.machine.data) == ('a.pth', '.')
+
+
+def test_every_task_method_and_model_of_configs_yaml_is_made_of_settings_that_are_known():
+    assert set(CONFIGS) == {'models', 'tasks', 'groups', 'methods'}
+    for task in CONFIGS['tasks']:
+        for method in CONFIGS['methods']:
+            settings = train.settings_of(CONFIGS, task, NANO, method)
+            assert (settings.task, settings.method, settings.model) == (task, method, NANO)
+    for model in CONFIGS['models']:
+        assert train.settings_of(CONFIGS, 'pets', model, 'ivpt').backbone.img_size in (48, 224, 512)
+
+
+def test_every_default_is_in_its_own_range():
+    for name, default in train.DEFAULTS.items():
+        assert train.checked(name, default, train.TYPES, '') == default
+
+
+def test_a_task_names_its_model_and_its_methods_and_the_command_line_may_name_others():
+    assert [(s.task, s.model, s.method) for s in runs_of()] == [
+        ('where_blue', NANO, 'linear'), ('where_blue', NANO, 'ivpt')]
+    assert [(s.task, s.model, s.method) for s in runs_of('--task', 'pets')] == [
+        ('pets', 'vit_base_patch16_224.orig_in21k', 'ivpt')]
+    assert [(s.model, s.method) for s in runs_of('--model', 'vit_tiny_patch8_48', '--method', 'vpt')] == [
+        ('vit_tiny_patch8_48', 'vpt')]
+
+
+def test_lists_and_groups_are_run_in_order_and_each_run_once():
+    models = f'{NANO},vit_tiny_patch8_48'
+    argv = '--task', 'asked,shape_red', '--method', 'vpt,ivpt', '--seed', '0,2,0', '--model', models
+    expected = [(task, model, seed, method) for task in ('where_blue', 'shape_red')
+                for model in (NANO, 'vit_tiny_patch8_48') for seed in (0, 2) for method in ('vpt', 'ivpt')]
+    assert [(s.task, s.model, s.loop.seed, s.method) for s in runs_of(*argv)] == expected
+    assert len({s.task for s in runs_of('--task', 'vtab,fgvc')}) == 24
+
+
+@pytest.mark.parametrize('model', [
+    'vit_base_patch16_224', 'vit_small_patch14_224.dinov2', 'swin_base_patch4_window7_224.ms_in22k'])
+def test_the_image_size_is_that_of_the_models_name_if_no_setting_says_another(model):
+    for said, expected in ([], 224), (['--set', 'img_size=96'], 96), (['--set', 'img_size=0'], 224):
+        settings, = runs_of('--method', 'vpt', '--model', model, *said)
+        assert settings.backbone.img_size == expected
+
+
+def test_task_method_model_and_seed_are_no_settings(capsys):
+    for name, value in ('method', 'vpt'), ('task', 'pets'), ('model', 'vit_tiny_patch8_8'), ('seed', '3'):
+        assert train.main(['--set', f'{name}={value}']) == 2
+        assert capsys.readouterr().err.endswith(f'--set {name}={value}: write --{name} {value}\n')
+
+
+@pytest.mark.parametrize('argv, expected', [
+    ([], 'ivpt/seed0'),
+    (['--seed', '3'], 'ivpt/seed3'),
+    (['--set', 'lr=0.5', 'epochs=2'], 'ivpt,epochs=2,lr=0.5/seed0'),
+    (['--set', 'epochs=2', 'lr=0.5'], 'ivpt,epochs=2,lr=0.5/seed0'),
+    (['--set', 'N=5'], 'ivpt,N=5/seed0'),
+    (['--set', 'lr=0.07', 'k=4'], 'ivpt/seed0'),  # what the entries of where_blue and ivpt say
+    (['--set', 'grain=0', 'ask=where_red'], 'ivpt,ask=where_red,grain=0.0/seed0'),
+    (['--set', 'mean=[0, 0.5, 1]'], 'ivpt,mean=_0,_0.5,_1_/seed0'),
+    (['--data', '.', '--weights', 'random', '--set', 'workers=2', 'device=cpu', 'cache_gb=0'], 'ivpt/seed0'),
+    (['--method', 'some/where/my_method.py:Shift'], 'some_where_my_method.py_Shift/seed0'),
+])
+def test_the_folder_of_a_run_names_the_settings_that_the_command_line_changed_and_that_change_a_number(argv, expected):
+    assert folder(*argv) == expected
+
+
+def test_the_folder_of_a_run_lies_below_its_task_and_its_model():
+    settings = runs_of('--set', 'runs=somewhere/else')[1]
+    assert train.folder_of(settings) == Path('somewhere/else/where_blue', NANO, 'ivpt/seed0')
+    assert train.folder_of(replace(settings, label=('search',))) == Path(
+        'somewhere/else/where_blue', NANO, 'ivpt,search/seed0')
+
+
+def test_one_command_after_another_leaves_a_folder_each_in_one_folder_of_runs(tmp_path, capsys):
+    """`--set lr=0.5` after a finished run is another run. `--again` is not needed for it, and not `runs=`."""
+    for changes in {}, {'lr': 0.5}, {'N': 5}:
+        assert run(tmp_path, '--method', 'ivpt', epochs=1, img_size=16, n_train=8, **changes) == 0
+    assert len(list(tmp_path.glob('where_blue/*/ivpt,*/seed0/result.json'))) == 3
+    assert 'finished before' not in capsys.readouterr().out
+
+
+def test_a_run_below_torchrun_is_refused_with_the_program_that_divides_runs(monkeypatch, capsys):
+    monkeypatch.setenv('RANK', '0')
+    assert train.main([]) == 2
+    assert 'sweep.py divides runs' in capsys.readouterr().err
+
+
+def test_a_wrong_entry_is_named_with_its_section():
+    configs = CONFIGS | {'methods': {'m': {'lr': 'fast'}}, 'tasks': {'t': {'epoch': 3}, 'pets': {}}}
+    with pytest.raises(InputError, match="methods: m: lr is a number from 1e-12 to 1e\\+06, not 'fast'"):
+        train.settings_of(configs, 'pets', NANO, 'm')
+    with pytest.raises(InputError, match="tasks: t: unknown setting 'epoch': did you mean 'epochs'?"):
+        train.settings_of(configs, 't', NANO, 'm')

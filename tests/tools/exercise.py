@@ -1,0 +1,316 @@
+"""Exercises: write the method yourself, part by part. A command, not a test:
+
+    python tests/tools/exercise.py              the exercises in the paper's order, with open questions after each part
+    python tests/tools/exercise.py 5 DIR        a copy of the project in DIR, without what exercise 5 asks for
+    python tests/tools/exercise.py check DIR    whether it is right by now; if not, which sentence is false, and where
+
+Signature and docstring of a function stay. `check` runs the tests of the exercise in DIR: each test is a sentence
+about the method, and a false one is printed with the smallest case that was found.
+"""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+PROJECT = Path(__file__).resolve().parents[2]
+NOTE = 'EXERCISE.txt'  # in a copy: which exercise it is
+LEFT_OUT = shutil.ignore_patterns('.*', 'runs', 'data', '__pycache__')
+MOST = 3  # sentences that are printed
+LIMIT = 600  # seconds that the tests of an exercise may take
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong. The message is one line."""
+
+
+class Exercise(NamedTuple):
+    """What is to be written, the file and the functions that it is, and pytest's arguments for its tests."""
+
+    title: str
+    file: str
+    functions: tuple
+    tests: tuple
+
+
+EQUATIONS = 'tests/equations/test_3_'
+STRUCTURES, REWEIGHTING = (EQUATIONS + '3_cdc_and_da.py',), (EQUATIONS + '4_reweighting.py',)
+AR, LAYER = (EQUATIONS + '5_attentive_reinforcement.py',), (EQUATIONS + '1_vit_and_vpt.py',)
+OPTIMISER = (EQUATIONS + '4_optimiser.py',)
+SCHEDULE = ('tests/program/test_4_1_training.py', '-k', 'learning_rate or warm_up or schedule')
+
+PARTS = [  # heading, exercises, questions
+    ('3.3 Cross-layer dynamic connection', [
+        Exercise('Eq. 4: CDC', 'ivpt.py', ('cdc',), STRUCTURES),
+        Exercise('Eq. 5 and 6: dynamic aggregation', 'ivpt.py', ('cdc_da', 'psi'), STRUCTURES),
+    ], [
+        'Which learning rate does each structure want? Look at the validation pictures (2 minutes):\n'
+        'python tests/experiments/sweep.py --method vpt,vanilla_cdc,cdc --over lr=0.025,0.1,0.4 --set score_on=val',
+        'How far is γ from the identity after training, and in which layers? (1 minute)\n'
+        'python train.py --method cdc_da\n'
+        'python -c "import torch; P = torch.load(\'runs/where_blue/vit_nano_patch8_48/cdc_da/seed0/params.pth\'); '
+        'print((P[\'gamma\'] - torch.eye(10)).norm(dim=(1, 2)))"',
+        'With one prompt a layer, γ^l is one number. Is DA still of use? (2 minutes)\n'
+        'python train.py --method vpt,cdc,cdc_da --set N=1',
+    ]),
+    ('3.4 Understanding cross-layer dynamic connection', [
+        Exercise('Eq. 7: the weight of a prompt', 'ivpt.py', ('attention_weight',), REWEIGHTING),
+        Exercise('Eq. 8 to 10: CDC re-weights', 'ivpt.py', ('reweight_cdc',), REWEIGHTING),
+        Exercise('Eq. 11 to 13: DA re-weights by all', 'ivpt.py', ('reweight_cdc_da',), REWEIGHTING),
+    ], [
+        'Is α̃ near 1 after training? Take q and W_K from a layer of a trained CDC, and its P (half an hour).',
+        'The equations leave LayerNorm out. How far is w α̃, normalised over the prompts, from what that layer does? '
+        '(half an hour)',
+    ]),
+    ('3.4 seen from the optimiser', [
+        Exercise('A Aᵀ: what CDC does to the gradient', OPTIMISER[0], ('gradient_factor',), OPTIMISER),
+    ], [
+        'With 6 layers vanilla CDC has up to 17.2 times the learning rate of VPT. Does it train as well with 17.2 '
+        'times less? (2 minutes)\n'
+        'python train.py --method vpt\n'
+        'python train.py --method vanilla_cdc --set lr=0.0041',
+        'Where does γ end with strong weight decay, if γ had any? Let `decays` return True for it in your copy.\n'
+        'python train.py --method cdc_da --set weight_decay=0.01',
+        'AdamW moves every number by about the learning rate. Are VPT and CDC nearer to each other with it?\n'
+        'python train.py --method vpt,cdc --set optimizer=AdamW lr=0.003',
+    ]),
+    ('3.5 Attentive reinforcement', [
+        Exercise('Eq. 14: the salient tokens', 'ivpt.py', ('top_k',), AR),
+        Exercise('Eq. 15: reinforcement', 'ivpt.py', ('reinforce_',), AR),
+    ], [
+        'How many tokens should be reinforced? 36 is all of them, 0 is no AR (2 minutes):\n'
+        'python tests/experiments/sweep.py --task shape_red --method ivpt --over k=0,1,4,16,36',
+        'Does the order of Ω matter? Sort it by position in your copy, and train again.',
+        'Do the salient tokens lie on the shape that is asked for? (2 minutes)\n'
+        'python train.py --method vpt,ivpt\n'
+        'python tests/experiments/look.py --method vpt,ivpt',
+    ]),
+    ('The same, but fast', [
+        Exercise('Prompts as keys and values', 'vit.py', ('Attention.forward',), LAYER),
+        Exercise('The class token alone in the last layer', 'vit.py', ('ViT.last',), LAYER),
+    ], [
+        'What do prompts cost as tokens of the sequence, and what as keys and values? (5 minutes)\n'
+        'python tests/tools/bench.py --model vit_nano_patch8_48 --batch 32 --k 4 --prompts 10,50,200 --rounds 20',
+        'Let the head read the mean of the image tokens. How many images/s does it cost, and is the accuracy better?\n'
+        'python train.py --method ivpt --set readout=mean',
+    ]),
+    ('4.1 Training', [
+        Exercise('Warm-up and cosine', 'train.py', ('schedule',), SCHEDULE),
+    ], [
+        'Is the warm-up needed? Look at the loss of the first epochs (2 minutes):\n'
+        'python train.py --method ivpt --set lr=0.2\n'
+        'python train.py --method ivpt --set lr=0.2 warmup=0',
+        'Let `schedule` return 1 in your copy. What is the accuracy now, and how much does it differ between seeds?\n'
+        'python train.py --method ivpt --seed 0,1,2',
+    ]),
+]
+EXERCISES = dict(enumerate((exercise for _, exercises, _ in PARTS for exercise in exercises), start=1))
+
+
+def listing():
+    """All exercises and questions, as text."""
+    lines, number = [__doc__.split('\n\nSignature')[0].partition('\n\n')[2]], 0
+    for heading, exercises, questions in PARTS:
+        lines += ['', heading, '']
+        for exercise in exercises:
+            number += 1
+            lines.append(f'  {number:2d}  {exercise.title:<40} {names(exercise)}')
+        lines += ['', '      To find out:']
+        for question in questions:
+            words, *commands = question.split('\n')
+            lines += textwrap.wrap(words, 100, initial_indent='      - ', subsequent_indent='        ')
+            lines += ['          ' + command for command in commands]
+    return '\n'.join(lines)
+
+
+def names(exercise):
+    """The functions of an exercise, with the file that they are in."""
+    return f'{" and ".join(exercise.functions)} in {exercise.file}'
+
+
+# ---- Making a copy --------------------------------------------------------------------------------------
+
+
+def find(tree, name, file):
+    """The definition of 'f' or 'Class.f' in a syntax tree. Raises InputError if there is none."""
+    for part in name.split('.'):
+        kinds = ast.ClassDef, ast.FunctionDef
+        tree = next((node for node in tree.body if isinstance(node, kinds) and node.name == part), None)
+        if tree is None:
+            raise InputError(f'{file} has no {name}: exercises and project do not fit each other')
+    return tree
+
+
+def with_body(source, name, body, file):
+    """Python source in which the function `name` has another body. Its signature and docstring stay."""
+    node, content = find(ast.parse(source), name, file), source.encode()
+    starts = [0]  # of each line, in bytes, as ast counts
+    for line in content.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    first, indent = node.body[0], ' ' * node.body[0].col_offset
+    body = textwrap.indent(textwrap.dedent(body).strip('\n'), indent)
+    if ast.get_docstring(node) is None:
+        begin, body = starts[first.lineno - 1] + first.col_offset, body.lstrip()
+    else:
+        begin, body = starts[first.end_lineno - 1] + first.end_col_offset, '\n' + body
+    end = starts[node.end_lineno - 1] + node.end_col_offset
+    return (content[:begin] + body.encode() + content[end:]).decode()
+
+
+def blank(exercise):
+    """The file of an exercise without the bodies that it asks for, as text."""
+    source = (PROJECT / exercise.file).read_text(encoding='utf-8')
+    for name in exercise.functions:
+        source = with_body(source, name, 'raise NotImplementedError', exercise.file)
+    return source
+
+
+def make(number, folder):
+    """Put a copy of the project into a folder, which is new or empty, for an exercise."""
+    if not (number.isdecimal() and int(number) in EXERCISES):
+        raise InputError(f'there is no exercise {number[:50]!r}: they count from 1 to {len(EXERCISES)}')
+    exercise = EXERCISES[int(number)]
+    if (PROJECT / NOTE).exists():
+        raise InputError(f'{PROJECT} is the copy of an exercise: make another one from the project itself')
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f'{folder} is there and not an empty folder: name a new one')
+    if folder.resolve().is_relative_to(PROJECT):
+        raise InputError(f'{folder} is inside the project: name a folder outside')
+    text = blank(exercise)
+    shutil.copytree(PROJECT, folder, ignore=LEFT_OUT, dirs_exist_ok=True)
+    (folder / exercise.file).write_text(text, encoding='utf-8')
+    task = f'{number}\n\n{exercise.title}\nWrite {names(exercise)}.\n'
+    (folder / NOTE).write_text(task, encoding='utf-8')
+    print(f'Exercise {task}\nThe copy is in {folder}. To see whether it is right:\n\n'
+          f'    python tests/tools/exercise.py check {folder}')
+
+
+# ---- Checking it ----------------------------------------------------------------------------------------
+
+
+def check(folder):
+    """Run the tests of the exercise that a folder is a copy for, and print what they found. Returns 0 or 1."""
+    exercise = read(folder)
+    try:
+        tree = ast.parse((folder / exercise.file).read_bytes(), exercise.file)
+    except (SyntaxError, ValueError) as error:
+        print(f'This is not Python yet: {error}')
+        return 1
+    for name in exercise.functions:
+        find(tree, name, folder / exercise.file)
+    passed, false, trouble = run_tests(folder, exercise)
+    if false and all(failure['error'].startswith('NotImplementedError') for failure in false):
+        print(f'{exercise.title}: {names(exercise)} is not written yet.')
+    elif false:
+        print(f'{exercise.title}: not yet. Of the sentences that were tried {passed} are true, {len(false)} false:')
+        for failure in false:
+            explain(failure, folder)
+        print('\nThe letters are explained on top of vit.py; all tensors follow from them '
+              '(tests/equations/strategies.py).')
+    elif trouble or not passed:
+        print(f'{exercise.title}: the tests could not be run. {trouble}')
+    else:
+        print(f'{exercise.title}: right. All {passed} sentences are true. Now the questions behind it: '
+              'python tests/tools/exercise.py')
+    return int(bool(false or trouble or not passed))
+
+
+def read(folder):
+    """The exercise that a folder is a copy for. Raises InputError if it is none."""
+    try:
+        number = int((folder / NOTE).read_text(encoding='utf-8').split()[0])
+        return EXERCISES[number]
+    except (OSError, ValueError, LookupError):
+        raise InputError(f'{folder} is not a copy for an exercise: '
+                         'python tests/tools/exercise.py 1 DIR makes one') from None
+
+
+def run_tests(folder, exercise):
+    """Run them in a process of their own: how many passed, what failed (a list), and what kept them from running."""
+    with tempfile.TemporaryDirectory() as temporary:
+        told = Path(temporary, 'told.json')
+        command = [sys.executable, '-m', 'pytest', '-q', f'--maxfail={MOST}', '--color=no', '-p', 'no:cacheprovider',
+                   '-p', 'exercise', '--rootdir', '.', *exercise.tests]
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])])
+        environment = os.environ | {'PYTHONPATH': path, 'EXERCISE_TOLD': str(told)}
+        try:
+            out = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors='replace',
+                                 timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            return 0, [], f'After {LIMIT} seconds they still ran: is there a loop without an end?'
+        results = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+    false = [result for result in results if result]
+    errors = [line[1:].strip() for line in out.stdout.splitlines() if line.startswith('E ')]
+    trouble = (errors or out.stderr.splitlines() or ['pytest says nothing'])[-1] if out.returncode else ''
+    return len(results) - len(false), false, trouble
+
+
+def pytest_runtest_makereport(item, call):
+    """As a plugin of that process: write down of each test null if it passed, or what was found."""
+    if call.when != 'call' or 'EXERCISE_TOLD' not in os.environ:
+        return
+    result = call.excinfo and found(item, call.excinfo.value)
+    with open(os.environ['EXERCISE_TOLD'], 'a') as file:
+        file.write(json.dumps(result) + '\n')
+
+
+def found(item, error):
+    """Of a test that failed: its sentence, where it stands, the case, and the error."""
+    while getattr(error, 'exceptions', ()):  # Hypothesis found several
+        error = error.exceptions[0]
+    notes = '\n'.join(getattr(error, '__notes__', ()))  # Hypothesis says there which case it was
+    case = re.search(r'(?:case|example): \w+\(\n(.*?)\n\)', notes, re.DOTALL)
+    return {'name': item.originalname, 'doc': ' '.join((item.obj.__doc__ or '').split('\n\n')[0].split()),
+            'file': os.path.relpath(item.path, item.config.rootpath),
+            'of': getattr(getattr(item, 'callspec', None), 'id', ''),
+            'case': [line.partition('#')[0].strip().rstrip(',') for line in (case[1] if case else '').splitlines()],
+            'error': f'{type(error).__name__}: {short(str(error))}'}
+
+
+def short(message):
+    """Of an error's message the part that says how far apart two tensors are, or else its first words."""
+    if distance := re.search(r'Greatest absolute difference: (\S+)( at index \(.*?\))?', message):
+        return f'two tensors differ by {float(distance[1]):.3g}{distance[2] or ""}'
+    words = ' '.join(message.partition('\n +    where')[0].replace('\\n', ' ').split())
+    words = re.sub(r'<built-in method (\w+)[^>]*>', r'\1', words).replace('assert False + where False = ', 'not so: ')
+    return words if len(words) < 200 else words[:200] + ' ...'
+
+
+def explain(failure, folder):
+    """Print what a test in the folder that failed has found."""
+    of = f' ({failure["of"]})' if failure['of'] else ''
+    case = re.sub(r'case=Case\((.*?)\)', r'\1', ', '.join(failure['case'])) or 'there is only one'
+    print(f'\n  FALSE: {failure["name"].removeprefix("test_").replace("_", " ")}{of}')
+    for what, words in (('what it says', failure['doc']), ('smallest case', case), ('what was seen', failure['error']),
+                        ('to try it', f'cd {folder} && python -m pytest {failure["file"]} -k {failure["name"]}')):
+        print(f'    {what:<15}{words}')
+
+
+def main(argv=None):
+    """Do what the command line asks for. Returns the exit status."""
+    try:
+        match sys.argv[1:] if argv is None else argv:
+            case [] | ['-h'] | ['--help']:
+                print(listing())
+            case ['check', folder]:
+                return check(Path(folder))
+            case [number, folder]:
+                make(number, Path(folder))
+            case _:
+                raise InputError('give nothing, NUMBER DIR, or check DIR: '
+                                 'python tests/tools/exercise.py lists the exercises')
+    except (InputError, OSError) as error:
+        print(' '.join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Mistakes that one could make, and whether a test notices each. A command, not a test:
+
+    python tests/tools/mutants.py --sample 300 --seed 0    300 at random, out of all that can be made by rule
+    python tests/tools/mutants.py --file ivpt.py --list    those of one file; nothing is run
+    python tests/tools/mutants.py --only IVPT.forward      those with these words in their lines of --list
+    python tests/tools/mutants.py --text                   those that are listed in mistakes.py
+
+A mutant is a copy of the project with one change in one file. The tests of that file run in it, first those that
+noticed most mutants before, until one is red. What none of them notices is printed at once: it lacks a test, or changes
+no behaviour and belongs into EQUIVALENT of mistakes.py. Status 0: there is none.
+"""
+
+import argparse
+import ast
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from mistakes import EQUIVALENT, TEXT
+
+PROJECT = Path(__file__).resolve().parents[2]
+TIME = 'killed by time'
+ENDS = 'killed', TIME, 'survived', 'listed'
+EXPERIMENTS = ['tests/experiments/test_*.py']
+PROGRAM = ['tests/program/test_*.py', *EXPERIMENTS]
+EQUATIONS = ['tests/equations/test_*.py', *PROGRAM]
+TESTS = {  # the files that are changed, and the tests that should notice, fast ones first
+    'vit.py': EQUATIONS, 'ivpt.py': EQUATIONS, 'train.py': EQUATIONS, 'data.py': PROGRAM,
+    'tests/experiments/*.py': EXPERIMENTS}
+
+SWAPS = {  # by kind: an operator, and what takes its place
+    'negate': {'==': '!=', '!=': '==', '<': '>=', '>=': '<', '>': '<=', '<=': '>', 'is': 'is not', 'is not': 'is',
+               'in': 'not in', 'not in': 'in'},
+    'boundary': {'<': '<=', '<=': '<', '>': '>=', '>=': '>'},
+    'arithmetic': {'+': '-', '-': '+', '*': '/', '/': '*', '+=': '-=', '-=': '+=', '*=': '/=', '/=': '*='},
+    'logic': {'and': 'or', 'or': 'and'}}
+LEFT_OUT = shutil.ignore_patterns('.*', 'runs', 'data', '__pycache__')  # of a copy of the project
+OPERATOR = re.compile(r'#.*|is\s+not\b|not\s+in\b|\b(?:is|in|and|or)\b|[-+*/%@<>=!|&^]+')
+
+
+class Mutant(NamedTuple):
+    """A change of a file: `new` in the place of the characters from start to end."""
+
+    file: str
+    id: str  # FILE:LINE:COLUMN:KIND
+    name: str  # FILE FUNCTION KIND: before -> after; it stays as it is when lines move
+    start: int
+    end: int
+    new: str
+
+
+# ---- Making them ----------------------------------------------------------------------------------------
+
+
+def mutant_of(file, text, kind, function, around, start, end, new):
+    """The mutant of a file with a change, shown with what stands around it. The lines below keep their numbers."""
+    parts = text[around[0]:around[1]], text[around[0]:start] + new + text[end:around[1]]
+    change = ' -> '.join(' '.join(part.split())[:70] for part in parts)
+    new += '\n' * (text.count('\n', start, end) - new.count('\n'))
+    line, column = text.count('\n', 0, start) + 1, start - text.rfind('\n', 0, start)
+    return Mutant(file, f'{file}:{line}:{column}:{kind}', f'{file} {function} {kind}: {change}', start, end, new)
+
+
+def by_hand(file, text):
+    """The mutants of a file that TEXT lists. Raises SystemExit if it has not exactly one such place."""
+    for right, mistakes in TEXT.get(file, {}).items():
+        if text.count(right) != 1:
+            raise SystemExit(f'{file} has {right!r} {text.count(right)} times: bring TEXT up to date')
+        start, end = text.index(right), text.index(right) + len(right)
+        for i, wrong in enumerate(mistakes, start=1):
+            yield mutant_of(file, text, f'mistake-{i}', 'TEXT', (start, end), start, end, wrong)
+
+
+def by_rule(file, text):
+    """All mutants of the functions of a file, in order."""
+    found = []
+    for node, function, around in nodes(spanned(text)):
+        for kind, start, end, new in (*operators(node, text), *arguments(node), *others(node, text)):
+            near = (max(0, start - 20), end + 20) if end - start < 12 else (start, end)
+            found.append(mutant_of(file, text, kind, function, around or near, start, end, new))
+    return sorted(found, key=lambda x: (x.start, x.id))
+
+
+def spanned(text):
+    """The tree of a Python file. Its nodes know their text, its start and its end in characters; ast counts bytes."""
+    lines, tree = text.encode().splitlines(keepends=True), ast.parse(text)
+    starts = [0, *accumulate(len(line.decode()) for line in lines)]
+    for node in ast.walk(tree):
+        if hasattr(node, 'lineno'):
+            node.start = starts[node.lineno - 1] + len(lines[node.lineno - 1][:node.col_offset].decode())
+            node.end = starts[node.end_lineno - 1] + len(lines[node.end_lineno - 1][:node.end_col_offset].decode())
+            node.text = text[node.start:node.end]
+    return tree
+
+
+def nodes(node, scope=(), inside=False, around=None):
+    """Yield (node, name of its function, start and end of the widest node around it that is short) for what stands in
+    functions, but for no annotation, no decorator, and nothing in an f-string, where Python 3.11 knows no columns."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        scope, inside = (*scope, node.name), inside or isinstance(node, ast.FunctionDef)
+    if not around and isinstance(node, (ast.expr, ast.stmt)) and len(node.text) <= 60 and '\n' not in node.text:
+        around = node.start, node.end
+    if inside:
+        yield node, '.'.join(scope), around
+    for field, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            left_out = field in ('annotation', 'returns', 'decorator_list') or isinstance(child, ast.JoinedStr)
+            if isinstance(child, ast.AST) and not left_out:
+                yield from nodes(child, scope, inside, around)
+
+
+def operators(node, text):
+    """Yield (kind, start, end, new text) for each operator of a comparison, and of an arithmetic or a logical node."""
+    sides = {ast.Compare: lambda: [node.left, *node.comparators], ast.BinOp: lambda: [node.left, node.right],
+             ast.AugAssign: lambda: [node.target, node.value], ast.BoolOp: lambda: node.values}
+    for left, right in pairwise(sides.get(type(node), list)()):
+        found = next(x for x in OPERATOR.finditer(text, left.end, right.start) if x[0][0] != '#')
+        for kind, swaps in SWAPS.items():
+            if new := swaps.get(' '.join(found[0].split())):
+                yield kind, *found.span(), new
+
+
+def arguments(node):
+    """The same for the arguments of a call: another one in the place of one, and one less."""
+    if isinstance(node, ast.Call):
+        given = [x for x in node.args if not isinstance(x, ast.Starred)]
+        for x, other in zip(given, given[1:] + given[:1]):
+            if x.text != other.text and '\n' not in other.text:
+                yield 'argument', x.start, x.end, other.text
+        for x in node.keywords:
+            following = [other.start for other in (*node.args, *node.keywords) if other.start > x.start]
+            yield 'keyword', x.start, min(following, default=node.end - 1), ''
+
+
+def others(node, text):
+    """The same for tests, small numbers, True and False, calls whose result nobody takes, and bodies of functions."""
+    tested = [node.test] if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert)) else getattr(node, 'ifs', [])
+    for x in tested:
+        if not isinstance(x, (ast.Compare, ast.Constant)) and not isinstance(getattr(x, 'op', None), ast.Not):
+            yield 'negate', x.start, x.end, f'not ({x.text})'
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield 'not', node.start, node.end, f'({node.operand.text})'
+    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)) and node.value < 1000:
+        x = node.value
+        yield 'constant', node.start, node.end, str(not x if isinstance(x, bool) else 0 if x == 1 else x + 1)
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield 'statement', node.start, node.end, 'pass'
+    if isinstance(node, ast.FunctionDef) and (body := node.body[ast.get_docstring(node) is not None:]):
+        decorators = getattr(body[0], 'decorator_list', [])
+        start = decorators[0].start - 1 if decorators else body[0].start
+        if text[start:body[-1].end] not in ('return None', 'return', 'pass'):
+            yield 'return', start, body[-1].end, 'return None'
+
+
+# ---- Running them ---------------------------------------------------------------------------------------
+
+
+def sources(root):
+    """The files that are changed, by name: the test files of each."""
+    def names(pattern):
+        return [path.relative_to(root).as_posix() for path in sorted(root.glob(pattern))]
+
+    return {file: [test for pattern in tests for test in names(pattern)] for changed, tests in TESTS.items()
+            for file in names(changed) if not Path(file).name.startswith(('test_', 'conftest'))}
+
+
+def first_red(root, tests, limit, mutant=None):
+    """The first red test file in a copy of the project; '' if all are green, TIME if they take more seconds than limit.
+    A crash without a word counts as the first one's."""
+    command = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', '--tb=no', '--rootdir=.']
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(root, Path(folder, 'project'), ignore=LEFT_OUT)
+        if mutant:
+            text = (copy / mutant.file).read_bytes().decode()
+            (copy / mutant.file).write_bytes((text[:mutant.start] + mutant.new + text[mutant.end:]).encode())
+        run = subprocess.Popen([*command, *tests], cwd=copy, env=os.environ | {'TMPDIR': folder}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            said, _ = run.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)  # with the processes that tests started
+            run.communicate()
+            return TIME
+    red = re.search(r'^(?:FAILED|ERROR) ([^\s:]+)', said, re.MULTILINE)
+    return '' if run.returncode in (0, 5) else red[1] if red else tests[0]  # 5: all are left out, as slow ones are
+
+
+def outcome(root, mutant, tests, limit, kills, green):
+    """How a mutant ended; what no red test ended is printed at once. kills: a Counter of the tests that noticed one;
+    green: f(test file) -> whether it is green without a mutant."""
+    if mutant.name in EQUIVALENT:
+        return 'listed'
+    red = first_red(root, sorted(tests, key=lambda test: -kills[mutant.file, test]), limit, mutant)
+    if red in ('', TIME):
+        print(f'{red or "survived"}  {mutant.id}  {mutant.name}', flush=True)
+        return red or 'survived'
+    if not green(red):
+        raise SystemExit(f'{red} is red without a mutant')
+    kills[mutant.file, red] += 1
+    return 'killed'
+
+
+def main(argv=None, root=PROJECT):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--text', action='store_true', help='the mutants of TEXT, not those that are made by rule')
+    parser.add_argument('--file', help='those of this file')
+    parser.add_argument('--only', default='', help='those with this text in their lines of --list')
+    parser.add_argument('--sample', type=int, help='so many of them, at random')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--list', action='store_true', help='print them, run nothing')
+    parser.add_argument('--jobs', type=int, default=2, help='so many at a time')
+    parser.add_argument('--limit', type=float, default=900, help='seconds for all tests of a mutant')
+    args = parser.parse_args(argv)
+    tests, make = sources(root), by_hand if args.text else by_rule
+    chosen = [x for file in tests if args.file in (None, file) for x in make(file, (root / file).read_bytes().decode())
+              if args.only in f'{x.id}  {x.name}']
+    if args.sample is not None:
+        chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))
+    if args.list:
+        print(*(f'{x.id}  {x.name}' for x in chosen), sep='\n')
+        return 0
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        copy = shutil.copytree(root, Path(folder, 'project'), ignore=LEFT_OUT)  # the project may be worked on meanwhile
+        kills, green = Counter(), lru_cache(None)(lambda test: not first_red(copy, [test], args.limit))
+        ends = pool.map(lambda x: outcome(copy, x, tests[x.file], args.limit, kills, green), chosen)
+        ended = Counter(zip((x.file for x in chosen), ends))
+    for file in sorted({file for file, _ in ended}) + ['all']:
+        counts = {how: sum(n for (x, end), n in ended.items() if end == how and file in (x, 'all')) for how in ENDS}
+        print(f'{file:30}', *(f'{n:6} {how}' for how, n in counts.items()))
+    return int('survived' in (how for _, how in ended))
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The command that measures still runs: what it prints is of no interest here, its timings least of all."""
+
+import json
+import sys
+from argparse import Namespace
+
+import pytest
+import bench
+
+SYSTEMS = [name for name, entry in bench.CONFIGS['methods'].items() if 'table_1.py' in str(entry.get('tune'))]
+
+
+@pytest.mark.parametrize('argv, said', [
+    (['--model', 'vit_nano_patch8_16', '--batch', '2', '--k', '2', '--prompts', '3', '--rounds', '1',
+      '--precision', 'float32,auto,bfloat16'], '| iVPT 3 | bfloat16 |'),
+    (['--model', 'swin_nano_patch4_window3_48', '--batch', '2', '--k', '2', '--prompts', '3', '--rounds', '1'],
+     '| iVPT 3 | float32 |'),
+    (['--model', 'vit_nano_patch8_16', '--batch', '2', '--rounds', '1', '--variants', ','.join(SYSTEMS)],
+     '| gapt | float32 |'),
+    (['--loop', 'where_blue', '--rounds', '1', '--set', 'n_train=30', 'n_val=10', 'n_test=10', 'batch=8'],
+     'images/s in the loop'),
+])
+def test_the_bench_runs(argv, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['bench.py', *argv])
+    monkeypatch.setattr(bench, 'peak_memory', lambda variant, precision, args: 1)  # each in a process of its own
+    bench.main()
+    assert said in capsys.readouterr().out
+
+
+def test_a_method_of_configs_yaml_is_prepared_and_its_steps_are_those_of_training():
+    args = Namespace(model='vit_nano_patch8_16', batch=2, k=2, classes=3, device='cpu')
+    model, (images, labels) = bench.build('sct', args), bench.batch(args)
+    assert all((layer.between.I >= 0).all() for layer in model.vit.blocks)
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    bench.infer(model, images, labels, 'float32')
+    assert not model.training
+    bench.step(model, images, labels, 'float32')
+    assert model.training
+    assert all(p.requires_grad != p.equal(before[name]) for name, p in model.named_parameters())
+
+
+def test_the_json_has_both_ratios_of_each_variant_in_each_format(monkeypatch, tmp_path):
+    argv = ['--model', 'vit_nano_patch8_16', '--batch', '2', '--k', '2', '--variants', 'VPT 3', '--rounds', '3',
+            '--precision', 'float32,bfloat16', '--json', str(tmp_path / 'out')]
+    monkeypatch.setattr(sys, 'argv', ['bench.py', *argv])
+    monkeypatch.setattr(bench, 'peak_memory', lambda variant, precision, args: 1)
+    bench.main()
+    rows = json.loads((tmp_path / 'out').read_text())['rows']
+    assert [(row['variant'], row['precision']) for row in rows] == [
+        (name, precision) for precision in ('float32', 'bfloat16') for name in ('plain', 'VPT 3')]
+    for row in rows:
+        assert row['variant'] != 'plain' or row['training'] == row['inference'] == 1
+        for kind in 'training', 'inference':
+            assert row[f'{kind}_to_float32_plain'] > 0 and (row['precision'] != 'float32' or (
+                row[f'{kind}_to_float32_plain'] == pytest.approx(row[kind])))
