@@ -68,12 +68,11 @@ def run_all(runs, again=False, searches=None):
     def work(settings):
         seeds = folder_of(settings).parent
         if seeds in searches:
-            best[seeds] = best.get(seeds) or found(searches[seeds], seeds, store)
+            best[seeds] = best.get(seeds) or best_point(searches[seeds], seeds, store)
             settings = with_values(settings, best[seeds])
         return train.run(settings, again)
 
     jobs = [point for search in searches.values() for point in search.points] + runs
-    jobs = [*{folder_of(job): job for job in jobs}.values()]  # a task may be in two groups
     while (turn := store.add('turn', 1) - 1) < len(jobs):
         result = train.attempt(said, work, jobs[turn])
         store.set(str(folder_of(jobs[turn])), json.dumps(result or {}))
@@ -182,7 +181,7 @@ def labelled(runs, grid=None):
     return [replace(settings, label=('search', *words)) for settings in runs]
 
 
-def found(search, folder, store):
+def best_point(search, folder, store):
     """The best point of a search, as values by name; of equals the smaller rate. All of them are said, and written to
     search.json. Raises InputError if no point has a score."""
     results = [told(store, point) for point in search.points]

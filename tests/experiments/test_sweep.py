@@ -102,12 +102,13 @@ def test_where_all_points_fail_lower_rates_are_asked_for_once(tmp_path, scored, 
     assert ': none' in out
 
 
-def test_after_the_search_every_seed_is_trained_with_what_the_first_one_found_and_tested_once(tmp_path, scored):
+def test_after_the_search_every_seed_is_trained_with_what_the_first_one_found_and_tested_once(tmp_path, scored, capsys):
     asked = scored(lambda settings: 0.9 if settings.loop.lr == 0.1 else 0.8)
     assert sweeps(tmp_path, '--method', 'vpt,ivpt', '--seed', '3,4', '--search', grid='{lr: [0.2, 0.1]}') == 0
     done = [(s.method, s.loop.seed, s.loop.lr, s.loop.score_on) for s in asked]
     points = [(method, 3, lr, 'val') for method in ('vpt', 'ivpt') for lr in (0.2, 0.1)]
     assert done == points + [(method, seed, 0.1, 'test') for seed in (3, 4) for method in ('vpt', 'ivpt')]
+    assert capsys.readouterr().out.count('search  ') == 2  # what was found is said once
 
 
 def test_a_search_for_real_trains_on_train_alone_and_a_finer_one_uses_its_points_again(tmp_path, capsys):

@@ -194,7 +194,8 @@ def test_a_vits_own_head_is_taken_and_not_the_one_beside_it(tmp_path):
 
 TWO = [  # two ViTs in a file, by their prefixes
     ('teacher', 'student'), ('student.module.backbone', 'teacher.backbone'), ('state_dict', 'state_dict_ema'),
-    ('model', 'model_ema'), ('state_dict.module.base_encoder', 'state_dict.module.momentum_encoder'), ('', 'encoder')]
+    ('model', 'model_ema'), ('state_dict.module.base_encoder', 'state_dict.module.momentum_encoder'), ('', 'encoder'),
+    ('model', 'model.encoder')]
 
 
 @pytest.mark.parametrize('prefixes', TWO, ids=str)

@@ -363,6 +363,10 @@ def test_a_name_from_a_file_cannot_write_to_the_terminal(suffix, name, shape, fo
     assert 'left is ' in lines[0] and all(line.isprintable() for line in lines)
 
 
+def test_a_refusal_is_no_longer_for_long_names(folder):
+    refusal(save(folder / 'long.safetensors', TRUTH | {f'{i}{"x" * 290}': torch.ones(1) for i in range(9)}))
+
+
 # ---- Numbers that are none ------------------------------------------------------------------------------
 
 
