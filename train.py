@@ -599,7 +599,7 @@ def fits(value, rule):
 def read_yaml(text, where):
     """YAML without code in it; InputError if it is not YAML."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, getattr(yaml, 'CSafeLoader', yaml.SafeLoader))  # one is in C
     except Exception as error:  # PyYAML's constructors raise what int(), date() and their like raise
         raise InputError(f'{where}: not YAML: {error or type(error).__name__}') from None
 

@@ -1,6 +1,7 @@
 """Settings of the test suite: where the modules are, and how many cases Hypothesis draws."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ settings.register_profile('thorough', max_examples=1000, **common)
 settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'default'))
 
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 
 
 def pytest_configure(config):

@@ -2,16 +2,21 @@
 masks: the class that they give each pixel.
 
     python tests/experiments/look.py --method vpt,ivpt                      four test pictures
-    python tests/experiments/look.py --task pets --image cat.jpg dog.jpg    photos, and their likely classes
+    python tests/experiments/look.py --task pets --image cat.jpg DIR        photos, or all in a folder
 
-The picture lies in the folder that the runs share.
+The picture lies in the folder that the runs share. Of photos the first 16 are drawn; the answers for all of them are in
+answers.csv in each run's folder.
 """
 
+import csv
+import io
+import os
 import sys
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.datasets.folder import is_image_file
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
@@ -25,28 +30,42 @@ from train import say
 from vit import InputError
 
 TILE = 112  # pixels of a picture and of a map
+DRAWN = 16  # photos, at most
 
 
 @train.program
 def main(argv):
     """Draw the runs that a command line names. Returns the exit status."""
     options = finished.parser(__doc__)
-    options.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend', help='photos of your own')
+    options.add_argument('--image', nargs='+', default=[], metavar='FILE', action='extend',
+                         help='photos of your own, or folders of them')
     args = options.parse_args(argv)
-    chosen, kinds, drawn = finished.chosen(args), set(), []
+    chosen, files, kinds, drawn = finished.chosen(args), photos(args.image), set(), []
     for settings in chosen:
-        run = finished.open_run(settings, train.changed(args), photos=bool(args.image))
+        run = finished.open_run(settings, train.changed(args), photos=bool(files))
         masked = hasattr(run.model, 'answer')  # it gives each pixel a class
         kinds.add(settings.task if masked else '')
         if len(kinds) > 1:
             raise InputError(f'{settings.task}: runs with masks are drawn by themselves, and each task apart')
-        drawn.append(answers(run, args.image) if masked else maps(run, args.image))
-    if args.image and masked:
+        drawn.append(answers(run, files) if masked else maps(run, files))
+    if files and masked:
         return 0
-    path = picture_of(','.join(['masks' if masked else 'attention', *(Path(file).stem for file in args.image)]), chosen)
+    what = ['masks' if masked else 'attention', *(Path(name).stem for name in args.image)]
+    path = picture_of(','.join(what)[:200], chosen)
     picture = side_by_side(drawn, chosen) if masked else stacked(drawn)
     save(to_pil_image(picture), path)
     return 0
+
+
+def photos(names):
+    """The image files that names of files and folders stand for. Raises InputError for a folder without any."""
+    files = []
+    for name in names:
+        inside = sorted(str(path) for path in Path(name).rglob('*') if is_image_file(path.name))
+        if os.path.isdir(name) and not inside:
+            raise InputError(f'{name}: no image for torchvision in this folder')
+        files += inside if os.path.isdir(name) else [name]
+    return files
 
 
 # ---- Where the class token looks ------------------------------------------------------------------------
@@ -55,24 +74,37 @@ def main(argv):
 def maps(run, files):
     """The number of a picture, a strip of words and a row of tiles, uint8 [3, 18 or TILE + 4, W], for each photo, whose
     likely classes are said, or for four test pictures of a run's task."""
-    model, settings, classes, strips = run.model, run.settings, run.task.classes, []
+    model, settings, classes, strips, likely = run.model, run.settings, run.task.classes, [], []
     if not hasattr(getattr(model, 'vit', model), 'blocks'):
         raise InputError(f'{train.folder_of(settings)}: {settings.method} has no `vit` whose layers could be looked at')
-    pictures = [(data.read_image(file, data.resized(settings)), -1) for file in files]
+    pictures = ((data.read_image(file, data.resized(settings)), -1) for file in files)
     if not files:
         pictures = [run.task.test[i] for i in range(min(4, len(run.task.test)))]
     for i, (image, label) in enumerate(pictures):
         image = next(data.batches([(image, label)], settings, run.compute.device))[0]
         seen = ivpt.look(model, image)
         p, best = seen['logits'][0].float().softmax(dim=0).topk(min(5, len(classes)))
-        if files:
-            said = ', '.join(f'{classes[c]} {100 * x:.1f}%' for x, c in zip(p, best))
-            say(f'{files[i]}, by {train.folder_of(settings)}: {said}')
-        truth = f', in truth {classes[label]}' if label >= 0 else ''
-        row = tiles(image, seen, settings.backbone)
-        words = f'{settings.method}: {classes[best[0]]}{truth}{train.is_random(run.result["settings"])}'
-        strips.append((i, caption([words], row), row))
+        likely.append([(classes[c], x) for x, c in zip(p.tolist(), best)])
+        if i < DRAWN:
+            truth = f', in truth {classes[label]}' if label >= 0 else ''
+            row = tiles(image, seen, settings.backbone)
+            words = f'{settings.method}: {classes[best[0]]}{truth}{train.is_random(run.result["settings"])}'
+            strips.append((i, caption([words], row), row))
+    if files:
+        say_likely(files, likely, train.folder_of(settings))
     return strips
+
+
+def say_likely(files, likely, folder):
+    """Say and write down, as answers.csv in a run's folder, the likeliest classes of photos: of each (class, p)."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator='\n')
+    rows.writerow(['file', 'class', 'probability', 'likeliest'])
+    for file, found in zip(files, likely):
+        said = ', '.join(f'{name} {100 * p:.1f}%' for name, p in found)
+        say(f'{file}, by {folder}: {said}')
+        rows.writerow([file, found[0][0], f'{found[0][1]:.4f}', said])
+    train.write(folder / 'answers.csv', text.getvalue().encode())
 
 
 def stacked(drawn):
@@ -127,8 +159,10 @@ def answers(run, files):
     """Four test pictures of a run's task, each a list: the picture, its mask and the run's answer, painted. Of photos
     the answers are painted over each, in the run's folder, and said."""
     settings, classes = run.settings, run.task.classes
+    shared = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files]) if files else ''
     for file in files:
-        image, path = data.read_image(file, None), train.folder_of(settings) / f'{Path(file).stem}-mask.png'
+        name = os.path.relpath(os.path.splitext(os.path.abspath(file))[0], shared).replace(os.sep, '_')
+        image, path = data.read_image(file, None), train.folder_of(settings) / f'{name}-mask.png'
         found = answer(run, image)
         to_pil_image(painted(image, found, len(classes))).save(path)
         say(f'{path}: ' + ', '.join(f'{classes[c]} {(found == c).float().mean():.1%}' for c in found.unique()))

@@ -443,6 +443,15 @@ def test_prompts_start_within_vpts_bound_in_every_stage_and_ivpt_starts_as_cdc()
     assert not any(P_re.any() for P_re in model.P_re) and model.head.in_features == 512
 
 
+def test_a_swin_starts_as_timms():
+    """Normal with standard deviation 0.02, the tables of biases too, and biases 0."""
+    for name, x in swin.Swin(28, 1, 7, (128, (1, 2, 1), 4)).state_dict().items():
+        drawn = name.endswith(('table', 'qkv.weight', 'proj.weight', 'fc2.weight', 'reduction.weight'))
+        if 'embed' not in name:
+            assert not drawn or abs(x.std() / 0.02 - 1) < 0.1
+            assert not name.endswith('bias') or not x.any()
+
+
 def test_bfloat16_autocast_and_a_training_step():
     """Bias and mask follow the number format of queries and keys; every tuned parameter gets a gradient."""
     model = tuned(SMALL, SIZES[0]).float()

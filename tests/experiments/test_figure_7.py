@@ -1,5 +1,6 @@
 """Appendix A, Figure 7: where the class token looks, and what AR reinforces, drawn by look.py."""
 
+import csv
 from types import SimpleNamespace
 
 import pytest
@@ -170,9 +171,35 @@ def test_a_photo_is_prepared_as_test_images_are_and_its_classes_stand_in_the_ord
     assert len([*own.folder.rglob('attention,15,16,vpt+ivpt,*.png')]) == 1  # photos have a picture of their own
 
 
+def test_all_photos_of_a_folder_are_answered_in_a_csv_file_and_the_first_ones_are_drawn(own, looked, monkeypatch):
+    monkeypatch.setattr(look, 'DRAWN', 2)
+    (own.folder / 'data' / 'test' / 'note.txt').write_text('no picture')
+    assert look.main([*own.argv, '--image', str(own.folder / 'data' / 'test')]) == 0
+    assert len(looked) == 2 * 6 and len(rows_of(*own.folder.rglob('attention,test,*.png'))) == 2 * 2
+    for method, seen in ('vpt', looked[:6]), ('ivpt', looked[6:]):
+        file, = own.folder.glob(f'folder/*/{method},*/seed0/answers.csv')
+        header, *rows = csv.reader(file.open())
+        assert header == ['file', 'class', 'probability', 'likeliest'] and [row[0] for row in rows] == own.photos
+        for (_, name, share, likely), (_, what) in zip(rows, seen, strict=True):
+            p, c = what['logits'][0].softmax(dim=0).max(dim=0)
+            assert (name, share) == ('abcdef'[c], f'{p:.4f}') and likely.startswith(f'{name} {100 * p:.1f}%, ')
+
+
+def test_photos_of_one_name_in_two_folders_have_masks_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'folder_of', lambda settings: tmp_path)
+    files = [tmp_path / folder / 'cat.png' for folder in ('x', 'y')]
+    for i, file in enumerate(files):
+        save_picture(file, i)
+    model = SimpleNamespace(answer=lambda image, settings, device: torch.zeros(image.shape[1:], dtype=torch.int64))
+    task, compute = data.Task([], [], [], ['a', 'b']), train.Compute(torch.device('cpu'), 'float32', '')
+    look.answers(SimpleNamespace(settings=None, task=task, model=model, compute=compute), [str(file) for file in files])
+    assert {path.name for path in tmp_path.glob('*.png')} == {'x_cat-mask.png', 'y_cat-mask.png'}
+
+
 def test_what_is_no_image_is_one_line_with_its_name(runs, tmp_path, capfd):
     (tmp_path / 'cut.png').write_bytes(b'\x89PNG\r\n\x1a\n cut')
-    for name in 'cut.png', '.', 'missing.png':
+    (tmp_path / 'empty').mkdir()
+    for name in 'cut.png', '.', 'empty', 'missing.png':
         assert looks(runs, '--method', 'vpt', '--image', str(tmp_path / name)) == 2
         err = capfd.readouterr().err
         assert err.count('\n') == 1 and str(tmp_path / name) in err
