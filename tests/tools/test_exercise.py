@@ -121,6 +121,7 @@ def test_a_wrong_answer_is_told_by_the_false_sentence_and_the_smallest_case(tmp_
     assert 'smallest case  B=1, L=3, N=1, M=1, N_h=1, d=3, k=1, C=1, seed=0\n' in said
 
 
+@pytest.mark.slow
 def test_a_right_answer_is_told_by_how_many_sentences_are_true(tmp_path, capsys):
     folder = tmp_path / 'copy'
     assert main(['11', str(folder)]) == 0
