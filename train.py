@@ -237,7 +237,8 @@ def make_model(settings, task):
     identity = {'backbone': digest(b''.join(weights))[:12]}
     for where in settings.pictures.source, settings.loop.tune, settings.backbone.build:
         if '.py:' in where:
-            identity[f'code of {Path(where).name}'] = digest(data.find(where).read_bytes())[:12]
+            name = f'code of {Path(where).name}'  # two files may have one name
+            identity[name] = identity.get(name, '') + digest(data.find(where).read_bytes())[:12]
     model = tuned(backbone, len(task.classes), settings)
     return model if task.head is None else task.head(model, len(task.classes)), identity
 
