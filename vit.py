@@ -294,15 +294,16 @@ def shorten(names, most=4):
     return words + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
-def find_vit(found, asked, path):
-    """The ViT among tensors by name: those under the prefix of its patch embedding, and a head beside it. One line says
-    what is taken and what is left. Raises InputError for no ViT, and for several of which `asked`, a prefix or a part
-    of it, does not choose one."""
+def find_vit(holds, asked, path):
+    """The ViT in what a file holds: the tensors under the prefix of its patch embedding, and a head beside it. One line
+    says what is taken and what is left. Raises InputError for no ViT, and for several of which `asked`, a prefix or a
+    part of it, does not choose one."""
+    found = {name: x for name, x in holds.items() if isinstance(x, torch.Tensor)}
     pattern = re.compile(rf'(|.*[./])({"|".join(map(re.escape, DIALECTS))})', re.DOTALL)
     prefixes = {match[1].rstrip('./'): match[1] for match in map(pattern.fullmatch, found) if match}
     if not prefixes:
         raise InputError(f'{path} holds no ViT, since no name in it ends in {" or ".join(DIALECTS)}; it holds '
-                         f'{shorten(sorted({name.partition(".")[0] for name in found})) or "no tensors"}')
+                         f'{shorten(sorted({name.partition(".")[0] for name in holds})) or "no tensors"}')
     chosen = [asked] if asked in prefixes else [x for x in prefixes if asked is None or f'.{asked}.' in f'.{x}.']
     if len(chosen) != 1:
         raise InputError(f'{path}: which ViT? Write one behind its name: {shorten([f"#{x}" for x in prefixes])}')
@@ -312,9 +313,9 @@ def find_vit(found, asked, path):
     around = re.escape(prefix[:prefix[:-1].rfind('.') + 1])
     beside = re.compile(rf'{around}(?:head|classifier)\.(weight|bias)')
     taken = {f'head.{match[1]}': match[0] for match in map(beside.fullmatch, found) if match} | taken
-    if prefix or len(taken) < len(found):
+    if prefix or len(taken) < len(holds):
         word = f'(?:{re.escape(prefix)}|{around})?[^.]*'
-        left = sorted({re.match(word, name)[0] for name in found.keys() - taken.values()})
+        left = sorted({re.match(word, name)[0] for name in holds.keys() - taken.values()})
         log.warning(f'{path}: taken is {shorten(chosen) or "the ViT"}; left is {shorten(left) or "nothing"}')
     state = {ours: x for ours, name in taken.items() if (x := found[name]).is_floating_point()  # indices are no weights
              and (x.layout, x.device.type) == (torch.strided, 'cpu')}
@@ -434,8 +435,8 @@ def fetch(weights):
 
 
 def read_state_dict(path, sums=()):
-    """The tensors in a file of torch, numpy or safetensors, by name; of a dict in a dict, OUTER.INNER. The first bytes
-    tell what it is, and not its name. sums: its checksums, as md5=DIGITS. No code in it is run, and no number in it is
+    """What a file of torch, numpy or safetensors holds, by name; of a dict in a dict, OUTER.INNER. The first bytes tell
+    what it is, and not its name. sums: its checksums, as md5=DIGITS. No code in it is run, and no number in it is
     trusted with memory that the file could not fill. Raises InputError if it is missing, damaged or another one."""
     if not os.path.isfile(path):
         raise InputError(f'{path}: there is no such file, or it is a folder; give --weights the file of a checkpoint')
@@ -444,8 +445,7 @@ def read_state_dict(path, sums=()):
             if not (found := hashlib.new(algorithm, path.read_bytes()).hexdigest()).startswith(digits):
                 raise ValueError(f'its {algorithm} is {found} and not {digits}')
         with open(path, 'rb') as file:
-            start = file.read(512)
-            file.seek(0)
+            start = file.peek(512)
             if start[8:9] == b'{':
                 return read_safetensors(file.read())
             if what := next((OTHERS[x] for x in OTHERS if re.match(x, start, re.DOTALL)), None):
@@ -467,14 +467,14 @@ def reason(error):
 
 
 def leaves(tree, prefix, entered):
-    """Yield name and tensor for those in a dict and its dicts, each entered once; long names could fill the memory."""
+    """Yield the names and values in a dict and its dicts, each entered once; long names could fill the memory."""
     for name, x in tree.items() if isinstance(tree, dict) else ():
         name = f'{prefix}{name}'[:300]
-        if isinstance(x, torch.Tensor):
-            yield name, x
-        elif id(x) not in entered:
+        if isinstance(x, dict) and x and id(x) not in entered:
             entered.add(id(x))
             yield from leaves(x, f'{name}.', entered)
+        else:
+            yield name, x
 
 
 def check_zip(path):

@@ -153,14 +153,18 @@ def test_the_class_token_has_position_0_where_the_file_has_none(tmp_path):
 AROUND = [  # what people save around a state dict, and what the line says of it
     (lambda s: prefixed(s, '_orig_mod.'), '_orig_mod; left is nothing'),  # torch.compile
     (lambda s: prefixed(s, 'module._orig_mod.'), 'module._orig_mod; left is nothing'),  # and DataParallel
-    (lambda s: {'model': s, 'epoch': 3}, 'model; left is nothing'),  # MAE, DeiT III
+    (lambda s: {'model': s}, 'model; left is nothing'),  # DeiT III
+    (lambda s: {'model': s, 'epoch': 3, 'args': {'lr': 0.1}, 'scaler': {}},
+     'model; left is args, epoch, scaler'),  # MAE
+    (lambda s: {'model': s | {'epoch': 3}}, 'model; left is model.epoch'),
+    (lambda s: s | {'epoch': 3, 'arch': 'vit_base'}, 'the ViT; left is arch, epoch'),
     (lambda s: {'model_state_dict': s, 'optimizer': {'state': {0: {'step': torch.tensor(9.0)}}}},
      'model_state_dict; left is optimizer'),
     (lambda s: {'model': {'state_dict': s}}, 'model.state_dict; left is nothing'),
     (lambda s: {'state_dict': prefixed(s, 'net.') | {'loss.weight': torch.ones(3)}, 'hyper_parameters': {'lr': 0.1}},
-     'state_dict.net; left is state_dict.loss'),  # Lightning
+     'state_dict.net; left is hyper_parameters, state_dict.loss'),  # Lightning
     (lambda s: {'arch': 'vit_base', 'state_dict': prefixed(s, 'module.'), 'best_acc1': torch.tensor(76.7)},
-     'state_dict.module; left is best_acc1'),  # MoCo-v3's linear classifier
+     'state_dict.module; left is arch, best_acc1'),  # MoCo-v3's linear classifier
     (lambda s: prefixed(s, 'opt/target/'), 'opt/target; left is nothing'),  # JAX
     (lambda s: prefixed(s, 'backbone.') | {'register_tokens': torch.ones(1, 4, 8), 'head.mlp.0.bias': torch.ones(3)},
      'backbone; left is head, register_tokens'),
@@ -168,7 +172,7 @@ AROUND = [  # what people save around a state dict, and what the line says of it
 
 
 @pytest.mark.parametrize('dialect', ['timm', 'hugging_face_dinov2', 'torchvision', 'jax'])
-@pytest.mark.parametrize('around, said', AROUND, ids=[said.partition(';')[0] for _, said in AROUND])
+@pytest.mark.parametrize('around, said', AROUND, ids=[said for _, said in AROUND])
 def test_a_vit_is_found_wherever_its_patch_embedding_is(around, said, dialect, tmp_path, caplog):
     path = save(tmp_path / 'weights.pth', around(state_of(dialect)))
     agree(path, dialect)

@@ -139,10 +139,11 @@ def test_what_is_no_checkpoint_is_called_what_it_is(content, said, name, tmp_pat
 
 @pytest.mark.parametrize('content, said', [
     (torch.zeros(3), 'no tensors'), ([torch.zeros(3)], 'no tensors'), ({}, 'no tensors'), (None, 'no tensors'),
-    ({'norm.bias': 0.0, 'epoch': 3}, 'no tensors'), ({0: torch.zeros(3)}, '0'),
+    ({'norm.bias': 0.0, 'epoch': 3}, 'epoch, norm'), ({'model': {}, 'args': [1]}, 'args, model'),
+    ({'patch_embed.proj.weight': 0.0}, 'patch_embed'), ({0: torch.zeros(3)}, '0'),
     ({'model': {'norm': {'bias': torch.zeros(8)}}, 'optimizer': {'lr': torch.ones(1)}}, 'model, optimizer'),
     ({f'layer{i}': torch.zeros(3) for i in range(9)}, 'layer0, layer1, layer2, layer3 and 5 more')],
-    ids=['tensor', 'list', 'empty', 'none', 'numbers', 'no name', 'nested', 'another'])
+    ids=['tensor', 'list', 'empty', 'none', 'numbers', 'no values', 'no weight', 'no name', 'nested', 'another'])
 def test_a_file_without_a_vit_is_refused_with_what_it_holds(content, said, tmp_path):
     line = refusal(save(tmp_path / 'weights.pth', content))
     assert 'holds no ViT' in line and 'patch_embed.proj.weight' in line and line.endswith(f'it holds {said}')
