@@ -179,13 +179,16 @@ lines = st.lists(st.sampled_from(['a.jpg 1', 'a.jpg', ' 1', '../a.jpg 1', '/a 1'
 lines = lines.map('\n'.join)
 
 
-@given(content=st.binary(max_size=60) | lines.map(lambda x: x.encode('utf-8', 'surrogateescape')))
-def test_a_list_of_anything_gives_samples_in_its_folder_or_is_refused_in_one_line(content, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / 'list' / 'train800.txt'
+@given(name=st.sampled_from(['list.txt', 'list.json']),
+       content=st.binary(max_size=60) | lines.map(lambda x: x.encode('utf-8', 'surrogateescape'))
+       | anything.map(json.dumps).map(str.encode))
+def test_a_list_of_anything_gives_samples_in_its_folder_or_is_refused_in_one_line(name, content, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / 'list' / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     try:
         samples = data.read_list(path, path.parent, range(37))
+        assert samples and all(label in range(37) and '..' not in file.parts for file, label in samples)
         data.Files(samples, 8)
     except vit.InputError as error:
         assert len(str(error).splitlines()) == 1 and str(path.parent) in str(error)
