@@ -56,7 +56,6 @@ Face's own for theirs) for `wave` images with the weights of `checkpoints.values
     m.load_state_dict(state)        # golden 'safetensors'
 """
 
-import argparse
 import re
 
 import numpy as np
@@ -186,14 +185,11 @@ def test_a_file_of_nothing_but_a_vit_needs_no_line(tmp_path, caplog):
 
 @pytest.mark.parametrize('head, prefix', [
     ('head', 'backbone.'), ('classifier', 'vit.'), ('state_dict.head', 'state_dict.backbone.')])
-def test_a_wrappers_own_head_may_stand_beside_the_vit(head, prefix, tmp_path):
+def test_a_wrappers_own_head_may_stand_beside_the_vit_and_a_vits_own_is_taken_before_it(head, prefix, tmp_path):
     state = {n.replace('head', head) if 'head' in n else prefix + n: x for n, x in state_of('timm').items()}
     agree(save(tmp_path / 'weights.pth', state), 'timm')
-
-
-def test_a_vits_own_head_is_taken_and_not_the_one_beside_it(tmp_path):
-    beside = {'head.weight': torch.ones(3, 8), 'head.bias': torch.ones(3)}
-    agree(save(tmp_path / 'weights.pth', prefixed(state_of('timm'), 'vit.') | beside), 'timm')
+    beside = {f'{head}.weight': torch.ones(3, 8), f'{head}.bias': torch.ones(3)}
+    agree(save(tmp_path / 'weights.pth', prefixed(state_of('timm'), prefix) | beside), 'timm')
 
 
 TWO = [  # two ViTs in a file, by their prefixes
@@ -202,33 +198,34 @@ TWO = [  # two ViTs in a file, by their prefixes
     ('model', 'model.encoder')]
 
 
+def two(path, prefixes):
+    """A file of two ViTs, and their state dicts."""
+    states = [tiny(seed=i).state_dict() for i in (1, 2)]
+    both = {}
+    for prefix, state in zip(prefixes, states):
+        both |= prefixed(state, prefix and f'{prefix}.')
+    return save(path / 'weights.safetensors', both), states
+
+
 @pytest.mark.parametrize('prefixes', TWO, ids=str)
 def test_of_two_vits_both_are_named_and_the_one_that_is_asked_for_is_taken(prefixes, tmp_path, caplog):
-    models = [tiny(seed=i) for i in (1, 2)]
-    state = {}
-    for prefix, model in zip(prefixes, models):
-        state |= prefixed(model.state_dict(), prefix and f'{prefix}.')
-    path = save(tmp_path / 'weights.safetensors', state)
+    path, states = two(tmp_path, prefixes)
     said = refusal(tiny(), path)
     assert all(f'#{prefix}' in said for prefix in prefixes)
     assert 'which ViT?' in refusal(tiny(), f'{path}#other')
-    for prefix, model, other in zip(prefixes, models, prefixes[::-1]):
+    for prefix, state, other in zip(prefixes, states, prefixes[::-1]):
         vit.load_weights(here := tiny(), f'{path}#{prefix}')
-        assert same(here.state_dict(), model.state_dict())
+        assert same(here.state_dict(), state)
         assert prefix == 'encoder' or other.split('.')[0] in caplog.records[-2].message.partition('left is ')[2]
 
 
-@pytest.mark.parametrize('asked, word', [('teacher', 1), ('student.module', 0), ('module', 0), ('backbone', None),
-                                         ('teach', None), ('', None)])
-def test_a_part_of_a_prefix_that_only_one_has_is_enough(asked, word, tmp_path):
-    models = [tiny(seed=i) for i in (1, 2)]
-    path = save(tmp_path / 'weights.safetensors', prefixed(models[0].state_dict(), 'student.module.backbone.')
-                | prefixed(models[1].state_dict(), 'teacher.backbone.'))
-    if word is None:
-        refusal(tiny(), f'{path}#{asked}')
-        return
-    vit.load_weights(here := tiny(), f'{path}#{asked}')
-    assert same(here.state_dict(), models[word].state_dict())
+def test_a_part_of_a_prefix_that_only_one_has_is_enough(tmp_path):
+    path, states = two(tmp_path, TWO[1])
+    for asked, i in ('student.module', 0), ('module', 0), ('teacher', 1):
+        vit.load_weights(here := tiny(), f'{path}#{asked}')
+        assert same(here.state_dict(), states[i])
+    for asked in 'backbone', 'teach', '':
+        assert 'which ViT?' in refusal(tiny(), f'{path}#{asked}')
 
 
 def test_a_prefix_of_the_only_vit_may_be_named_and_no_other(tmp_path):
@@ -317,9 +314,3 @@ def test_a_head_behind_more_layers_or_of_more_classes_is_left_out(dialect, head,
     own = copy_of((model := tiny(classes=head)).head)
     vit.load_weights(model, named(save(tmp_path / 'weights.npz', state_of(dialect)), dialect))
     assert same(own, model.head.state_dict()) and 'its head is left out: head.' in caplog.text
-
-
-def test_what_is_pickled_beside_the_state_dict_is_named_and_not_run(tmp_path):
-    content = {'model': state_of('timm'), 'args': argparse.Namespace(lr=0.1)}
-    said = refusal(tiny(), save(tmp_path / 'weights.pth', content))
-    assert 'it holds a argparse.Namespace' in said and 'save model.state_dict() alone' in said
