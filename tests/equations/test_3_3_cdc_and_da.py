@@ -17,20 +17,16 @@ fewer = settings(max_examples=settings().max_examples // 2)
 
 @given(cases())
 def test_cdc_adds_the_previous_layers_prompts_and_the_first_layers_are_its_own(case):
-    """Eq. 4. P̂^l = P^l + P^{l-1} and P̂^0 = P^0."""
+    """Eq. 4. P̂^l = P^l + P^{l-1} and P̂^0 = P^0. Not P̂^{l-1}, which would carry all layers before."""
     P, _ = case.prompts_and_gamma()
-    assert torch.equal(cdc(P)[0], P[0])
-    for l in range(1, case.L):
-        assert torch.equal(cdc(P)[l], P[l] + P[l - 1])
+    assert torch.equal(cdc(P), torch.stack(oracle.prompts('cdc', P)))
 
 
 @given(cases())
 def test_da_adds_psi_of_the_previous_layers_prompts_and_the_first_layers_are_its_own(case):
-    """Eq. 5. P̂^l = P^l + ψ^{l-1}(P^{l-1}) and P̂^0 = P^0."""
+    """Eq. 5. P̂^l = P^l + ψ^{l-1}(P^{l-1}) and P̂^0 = P^0. Each γ acts on one layer: γ^l on P̂^{l+1} and no other."""
     P, gamma = case.prompts_and_gamma()
-    assert torch.equal(cdc_da(P, gamma)[0], P[0])
-    for l in range(1, case.L):
-        close(cdc_da(P, gamma)[l], P[l] + oracle.psi(gamma[l - 1], P[l - 1]))
+    close(cdc_da(P, gamma), torch.stack(oracle.prompts('cdc', P, gamma)))
 
 
 @given(cases(L=(2, 4)))
@@ -50,29 +46,6 @@ def test_da_with_gamma_the_identity_is_cdc_and_with_gamma_zero_vpt(case):
     P, gamma = case.prompts_and_gamma()
     assert torch.equal(cdc_da(P, torch.eye(case.N).double().expand_as(gamma)), cdc(P))
     assert torch.equal(cdc_da(P, 0 * gamma), P)
-
-
-@given(cases())
-def test_prompts_depend_on_their_own_and_the_previous_layer_and_on_no_other(case):
-    """Eq. 4 and 5. P̂^l has P^l and P^{l-1} in it: not P̂^{l-1}, which would carry all layers before."""
-    P, gamma = case.prompts_and_gamma()
-    for m in range(case.L):
-        changed = P.clone()
-        changed[m] = case.normal('changed', case.N, case.D)
-        for connect in cdc, lambda P: cdc_da(P, gamma):
-            depends = (connect(changed) != connect(P)).any(dim=2).any(dim=1)  # [L]
-            assert depends.nonzero().flatten().tolist() == [l for l in (m, m + 1) if l < case.L]
-
-
-@given(cases(L=(2, 4)))
-def test_each_gamma_acts_on_one_layer(case):
-    """Eq. 5. γ^l enters P̂^{l+1} and no other."""
-    P, gamma = case.prompts_and_gamma()
-    for m in range(case.L - 1):
-        changed = gamma.clone()
-        changed[m] = case.normal('changed', case.N, case.N)
-        depends = (cdc_da(P, changed) != cdc_da(P, gamma)).any(dim=2).any(dim=1)
-        assert depends.nonzero().flatten().tolist() == [m + 1]
 
 
 @given(cases())
@@ -144,6 +117,7 @@ def test_what_enters_the_layers_is_P_hat_whatever_the_images_show(method, case):
         close([P for _, P in entered], P_hat)
 
 
+@fewer
 @given(cases())
 def test_with_one_layer_vpt_cdc_and_da_are_the_same_model_and_with_more_they_differ(case):
     """Eq. 4 and 5. P̂^0 = P^0: one layer has nothing to connect. With random γ, no two of the three are alike."""
@@ -152,6 +126,7 @@ def test_with_one_layer_vpt_cdc_and_da_are_the_same_model_and_with_more_they_dif
         assert torch.equal(a, b) if case.L == 1 else not torch.allclose(a, b, rtol=0, atol=1e-9)
 
 
+@fewer
 @given(cases())
 def test_gamma_starts_as_the_identity_so_that_da_starts_as_cdc(case):
     model = IVPT(plain_vit(case), case.C, Prompts(case.N, aggregation=True))

@@ -380,7 +380,7 @@ def where_the_choice_changes(model, start, end):
     return start + low * (end - start), start + high * (end - start)
 
 
-@settings(max_examples=settings().max_examples // 10)
+@settings(max_examples=settings().max_examples // 25)
 @given(cases(B=2, L=(2, 4)))
 def test_the_logits_of_ar_jump_where_two_tokens_are_equally_salient_and_no_P_hat_makes_them_jump(case):
     """Without AR logits are a continuous function of the image for every P̂, so AR's functions are new ones."""

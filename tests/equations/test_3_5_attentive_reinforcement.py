@@ -91,10 +91,11 @@ def test_the_model_is_the_literal_form_of_all_equations_in_logits_and_gradients(
     oracle.compare(model, case.images(), case.normal('cotangent', case.B, case.C))
 
 
-def test_at_real_sizes_in_float32_the_model_is_the_literal_form_too():
+@pytest.mark.parametrize('method', ['cdc_ar', 'ivpt'])
+def test_at_real_sizes_in_float32_the_model_is_the_literal_form_too(method):
     """N, k, L and M of the paper, D of a ViT-Tiny. What stops or rounds at such sizes alone shows here."""
-    case = Case(B=2, L=12, N=50, M=196, N_h=3, d=64, k=20, C=5, seed=1)
-    model, images = random_model(case, **METHODS['ivpt']).float(), case.images().float()
+    case = Case(B=1, L=12, N=50, M=196, N_h=3, d=64, k=20, C=5, seed=1)
+    model, images = random_model(case, **METHODS[method]).float(), case.images().float()
     seen = look(model, images)
     with torch.no_grad():
         expected = oracle.ivpt(model, images)
@@ -224,7 +225,7 @@ def test_with_one_head_prompts_in_the_softmax_do_not_change_the_order_of_image_t
     assert not prompts_change_the_order_of_image_tokens(case)
 
 
-def test_with_two_heads_they_can():
+def test_with_two_heads_prompts_in_the_softmax_can_change_the_order_of_image_tokens():
     """w̃ of Eq. 14: each head spends its own share on the prompts, and so they decide how much each head
     has to say in the mean. This is how P̂^l reaches Ω^l in its own layer."""
     find(cases(B=1, N_h=2), prompts_change_the_order_of_image_tokens)  # raises NoSuchExample if there is none
