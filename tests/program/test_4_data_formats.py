@@ -14,7 +14,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, features
-from pictures import CONFIGS, NANO, grey, grey_levels, labels_of, refusal, save, tiny, vtab, write
+from pictures import CONFIGS, NANO, grey, labels_of, refusal, save, tiny, vtab, write
 from pictures import no_network  # noqa: F401
 
 import data
@@ -338,30 +338,9 @@ def test_a_circle_of_links_is_refused(tmp_path):
 
 # ---- Crops and flips ------------------------------------------------------------------------------------
 
-RESIZED = [*CONFIGS['groups']['structured'], 'svhn']
-CROPPED = [name for name in (*tasks_of('vtab'), *tasks_of('fgvc'), 'folder') if name not in RESIZED]
-PICTURE = (torch.arange(3 * 16 * 16) % 251).to(torch.uint8).view(3, 16, 16)
 
-
-def flips(task, picture):
-    """How often a picture of an epoch is the picture, is it flipped, and is neither."""
-    settings = tiny(task, img_size=16, batch=50, N=10, k=1)
-    augment = data.Task([], [], [], []).augments[settings.pictures.augment]
-    (images, _), = data.batches([(picture, 0)] * 50, settings, CPU, 0, augment)
-    images = grey_levels(images, settings).round().to(torch.uint8)
-    same, flipped = (sum(torch.equal(image, x) for image in images) for x in (picture, picture.flip(-1)))
-    return same, flipped, len(images) - same - flipped
-
-
-@pytest.mark.parametrize('task', RESIZED)
-def test_a_picture_whose_class_a_crop_or_a_flip_would_change_is_only_resized(task):
-    assert data.resized(tiny(task, img_size=16, N=10, k=1)) == (16, 16)
-    assert flips(task, PICTURE) == (50, 0, 0)
-
-
-@pytest.mark.parametrize('task', CROPPED)
-def test_pictures_of_all_other_tasks_are_cropped_and_flipped(task):
-    assert data.resized(tiny(task, img_size=224, k=1)) == 256
-    same, flipped, other = flips(task, PICTURE)
-    assert same > 10 and flipped > 10 and other == 0  # a picture of the size of the crop: only flips are left
-    assert flips(task, torch.cat([PICTURE, PICTURE[..., :4]], dim=2))[2] > 10
+def test_a_picture_whose_class_a_crop_or_a_flip_would_change_is_only_resized_and_others_are_cropped_and_flipped():
+    """The tasks of the group `structured`, and SVHN's digits. What `augment` does is in test_4_1_data.py."""
+    resized = [*CONFIGS['groups']['structured'], 'svhn']
+    for task in (*tasks_of('vtab'), *tasks_of('fgvc'), 'folder'):
+        assert tiny(task, k=1).pictures.augment == ('none' if task in resized else 'crop_flip')
