@@ -93,12 +93,6 @@ def save(path, label):
     Image.fromarray(grey(label)).save(path)
 
 
-def grey_levels(images, settings):
-    """Back from normalised images to 0 ... 255."""
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (settings.backbone.mean, settings.backbone.std))
-    return (images * std + mean) * 255
-
-
 def labels_of(pictures):
     """The classes of a set of pictures; that each picture is one of its class is asserted here."""
     labels = []

@@ -23,7 +23,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
-from pictures import grey_levels, no_network, save_picture, tiny, vtab  # noqa: F401
+from pictures import no_network, save_picture, tiny, vtab  # noqa: F401
 from torchvision import transforms
 
 import data
@@ -35,7 +35,9 @@ SMALL = dict(img_size=24, k=2, epochs=1)
 
 
 def pets(folder, **changes):
-    """The settings of Pets in a folder, and the task."""
+    """The settings of Pets in a folder, small if it is not there yet, and the task."""
+    if not (folder / 'vtab-1k').exists():
+        vtab(folder)
     settings = tiny('pets', data=str(folder), **changes)
     return settings, data.load(settings)
 
@@ -45,6 +47,12 @@ def epoch_of(pictures, settings, epoch=None):
     augment = data.Task([], [], [], []).augments[settings.pictures.augment]
     images, labels = zip(*data.batches(pictures, settings, CPU, epoch, data.centre if epoch is None else augment))
     return torch.cat(images), torch.cat(labels)
+
+
+def grey_levels(images, settings):
+    """Back from normalised images to 0 ... 255."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (settings.backbone.mean, settings.backbone.std))
+    return (images * std + mean) * 255
 
 
 def numbered(n, size=4):
@@ -75,7 +83,6 @@ def test_the_draw_is_800_and_200_of_all_breeds():
 
 @pytest.mark.parametrize('score_on, learned, scored', [('test', 11, 5), ('val', 8, 3)])
 def test_val_is_learned_from_only_when_test_is_scored(score_on, learned, scored, tmp_path, monkeypatch):
-    vtab(tmp_path, 8, 3, 5)
     settings, task = pets(tmp_path, score_on=score_on, runs=str(tmp_path / 'runs'), epochs=1)
     seen, epoch = {}, {'epoch': 1, 'loss': 0.0, 'lr': 0.0, 'seconds': 1.0, 'images_per_second': 1.0}
     task = replace(task, score=lambda model, pictures, *rest: seen.update(score=pictures) or {'accuracy': 0.5})
@@ -106,7 +113,6 @@ def differing(one, two):
 
 
 def test_moving_the_data_folder_is_no_difference(tmp_path):
-    vtab(tmp_path / 'here')
     before = data.digest(pets(tmp_path / 'here')[1], tmp_path / 'here')
     (tmp_path / 'here').rename(tmp_path / 'there')
     assert data.digest(pets(tmp_path / 'there')[1], tmp_path / 'there') == before
@@ -309,7 +315,6 @@ def test_a_test_picture_is_resized_cropped_in_the_middle_and_normalised(width, h
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_pictures_in_memory_are_those_in_the_files_and_give_the_same_epoch(workers, tmp_path):
-    vtab(tmp_path)
     settings, task = pets(tmp_path, workers=workers)
     kept = data.in_memory(task.train, settings.machine, CPU)
     assert isinstance(kept, list) and len(kept) == len(task.train)
@@ -320,7 +325,6 @@ def test_pictures_in_memory_are_those_in_the_files_and_give_the_same_epoch(worke
 
 def test_pictures_in_memory_are_on_the_device_and_are_cropped_and_flipped_there(tmp_path):
     """Torch's meta device stands for a GPU: it has shapes and no values."""
-    vtab(tmp_path)
     settings, task = pets(tmp_path)
     for image, label in data.in_memory(task.train, settings.machine, torch.device('meta')):
         window, _ = data.crop_flip(image, label, settings.backbone, torch.rand(3), None)
@@ -335,7 +339,6 @@ def test_pictures_and_masks_that_do_not_fit_in_memory_to_the_byte_stay_in_their_
         def __getitem__(self, index):
             image, label = super().__getitem__(index)
             return image, image[0] if masks else label
-    vtab(tmp_path)
     settings, task = pets(tmp_path)
     pictures = Masks(task.train.samples, (48, 40))
     needed = len(pictures) * (4 if masks else 3) * 48 * 40
@@ -348,7 +351,6 @@ def test_pictures_and_masks_that_do_not_fit_in_memory_to_the_byte_stay_in_their_
 @pytest.mark.parametrize('free, moved', [(2.0, True), (1.9, False)])
 def test_pictures_take_no_more_than_half_of_what_is_free_on_a_gpu(free, moved, tmp_path, monkeypatch):
     """The test says what is free, for a machine without a GPU, and watches what is sent there."""
-    vtab(tmp_path)
     settings, task = pets(tmp_path)
     needed, sent = sum(picture.nbytes for picture, _ in task.train), []
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (int(free * needed), 10 * needed))
@@ -369,19 +371,17 @@ def test_a_batch_goes_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch):
 
 @pytest.mark.parametrize('cache_gb, looks', [(8.0, 1), (0.0, 2)])
 def test_no_test_picture_is_decoded_twice_but_where_there_is_no_room_to_keep_it(cache_gb, looks, tmp_path, monkeypatch):
-    vtab(tmp_path)
     read_image, seen = data.read_image, []
     monkeypatch.setattr(data, 'read_image', lambda path, size: [seen.append(path), read_image(path, size)][1])
-    settings = tiny('pets', data=str(tmp_path), runs=str(tmp_path / 'runs'), cache_gb=cache_gb, **SMALL)
+    settings, task = pets(tmp_path, runs=str(tmp_path / 'runs'), cache_gb=cache_gb, **SMALL)
     train.run(settings)
-    test = [path for path, _ in data.load(settings).test.samples]
+    test = [path for path, _ in task.test.samples]
     assert sorted(path for path in seen if path in test) == sorted(test * looks)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('cache_gb', [8.0, 0.0])
 def test_every_picture_is_decoded_before_training_and_a_broken_one_named(cache_gb, workers, tmp_path, monkeypatch):
-    vtab(tmp_path)
     monkeypatch.setattr(train, 'train', lambda *args: pytest.fail('it trains'))
     settings, task = pets(tmp_path, cache_gb=cache_gb, workers=workers, runs=str(tmp_path / 'runs'), **SMALL)
     for part in task.train, task.val, task.test:
@@ -452,8 +452,7 @@ def test_threads_end_with_the_epoch_its_error_or_where_it_is_left_early(work, ta
 
 def test_a_run_on_pictures_in_files_needs_few_open_files_and_no_processes(tmp_path, monkeypatch):
     """A container may have next to no shared memory, through which processes would hand pictures over."""
-    vtab(tmp_path)
-    settings = tiny('pets', data=str(tmp_path), runs=str(tmp_path), cache_gb=0.0, workers=4, **SMALL)
+    settings, _ = pets(tmp_path, runs=str(tmp_path), cache_gb=0.0, workers=4, **SMALL)
     monkeypatch.setattr(os, 'fork', lambda: pytest.fail('a process is started'))
     limits, opened = resource.getrlimit(resource.RLIMIT_NOFILE), open(os.devnull)
     try:
