@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from pictures import run, tiny
+from pictures import tiny
 
 import data
 import train
@@ -90,9 +90,3 @@ def test_auto_is_the_accelerator_of_this_process_where_there_is_one(monkeypatch)
     monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: torch.device('meta'))
     monkeypatch.setenv('LOCAL_RANK', '0')
     assert train.find_device().type == 'meta' and train.find_device('cpu') == CPU
-
-
-def test_a_device_that_is_not_there_is_one_line(tmp_path, capfd):
-    assert run(tmp_path, '--method', 'linear', device='xpu:7', **SMALL) == 2
-    err = capfd.readouterr().err
-    assert err.count('\n') == 1 and 'device xpu:7 cannot be used' in err and '--set device=cpu' in err
