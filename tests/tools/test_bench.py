@@ -4,26 +4,27 @@ import json
 import sys
 from argparse import Namespace
 
-import pytest
 import bench
+import pytest
 
 SYSTEMS = [name for name, entry in bench.CONFIGS['methods'].items() if 'table_1.py' in str(entry.get('tune'))]
+SMALL = ['--model', 'vit_nano_patch8_16', '--batch', '2', '--k', '2', '--rounds', '1']
 
 
-@pytest.mark.parametrize('argv, said', [
-    (['--model', 'vit_nano_patch8_16', '--batch', '2', '--k', '2', '--prompts', '3', '--rounds', '1',
-      '--precision', 'float32,auto,bfloat16'], '| iVPT 3 | bfloat16 |'),
-    (['--model', 'swin_nano_patch4_window3_48', '--batch', '2', '--k', '2', '--prompts', '3', '--rounds', '1'],
-     '| iVPT 3 | float32 |'),
-    (['--model', 'vit_nano_patch8_16', '--batch', '2', '--rounds', '1', '--variants', ','.join(SYSTEMS)],
-     '| gapt | float32 |'),
-    (['--loop', 'where_blue', '--rounds', '1', '--set', 'n_train=30', 'n_val=10', 'n_test=10', 'batch=8'],
-     'images/s in the loop'),
-])
-def test_the_bench_runs(argv, said, monkeypatch, capsys):
+def run(monkeypatch, *argv):
     monkeypatch.setattr(sys, 'argv', ['bench.py', *argv])
     monkeypatch.setattr(bench, 'peak_memory', lambda variant, precision, args: 1)  # each in a process of its own
     bench.main()
+
+
+@pytest.mark.parametrize('argv, said', [
+    ([*SMALL, '--prompts', '3', '--precision', 'float32,auto,bfloat16'], '| iVPT 3 | bfloat16 |'),
+    ([*SMALL, '--prompts', '3', '--model', 'swin_nano_patch4_window3_48'], '| iVPT 3 | float32 |'),
+    ([*SMALL, '--variants', ','.join(SYSTEMS)], '| gapt | float32 |'),
+    (['--loop', 'where_blue', '--rounds', '1', '--set', 'n_train=30', 'n_val=10', 'n_test=10', 'batch=8'],
+     'images/s in the loop')])
+def test_the_bench_runs(argv, said, monkeypatch, capsys):
+    run(monkeypatch, *argv)
     assert said in capsys.readouterr().out
 
 
@@ -40,16 +41,14 @@ def test_a_method_of_configs_yaml_is_prepared_and_its_steps_are_those_of_trainin
 
 
 def test_the_json_has_both_ratios_of_each_variant_in_each_format(monkeypatch, tmp_path):
-    argv = ['--model', 'vit_nano_patch8_16', '--batch', '2', '--k', '2', '--variants', 'VPT 3', '--rounds', '3',
-            '--precision', 'float32,bfloat16', '--json', str(tmp_path / 'out')]
-    monkeypatch.setattr(sys, 'argv', ['bench.py', *argv])
-    monkeypatch.setattr(bench, 'peak_memory', lambda variant, precision, args: 1)
-    bench.main()
+    run(monkeypatch, *SMALL, '--variants', 'VPT 3', '--rounds', '3', '--precision', 'float32,bfloat16',
+        '--json', str(tmp_path / 'out'))
     rows = json.loads((tmp_path / 'out').read_text())['rows']
     assert [(row['variant'], row['precision']) for row in rows] == [
         (name, precision) for precision in ('float32', 'bfloat16') for name in ('plain', 'VPT 3')]
     for row in rows:
         assert row['variant'] != 'plain' or row['training'] == row['inference'] == 1
         for kind in 'training', 'inference':
-            assert row[f'{kind}_to_float32_plain'] > 0 and (row['precision'] != 'float32' or (
-                row[f'{kind}_to_float32_plain'] == pytest.approx(row[kind])))
+            to_float32 = row[f'{kind}_to_float32_plain']
+            assert to_float32 > 0
+            assert row['precision'] != 'float32' or to_float32 == pytest.approx(row[kind])
