@@ -1,7 +1,7 @@
 """Mistakes that one could make, and whether a test notices each. A command, not a test:
 
     python tests/tools/mutants.py --sample 300 --seed 0    300 at random, out of all that can be made by rule
-    python tests/tools/mutants.py --file ivpt.py --list    those of one file; nothing is run
+    python tests/tools/mutants.py --list                   all of them; nothing is run
     python tests/tools/mutants.py --only IVPT.forward      those with these words in their lines of --list
     python tests/tools/mutants.py --text                   those that are listed in mistakes.py
 
@@ -63,12 +63,13 @@ class Mutant(NamedTuple):
 # ---- Making them ----------------------------------------------------------------------------------------
 
 
-def mutant_of(file, text, kind, function, around, start, end, new):
-    """The mutant of a file with a change, shown with what stands around it. The lines below keep their numbers."""
-    parts = text[around[0]:around[1]], text[around[0]:start] + new + text[end:around[1]]
-    change = ' -> '.join(' '.join(part.split())[:70] for part in parts)
+def mutant_of(file, text, kind, function, start, end, new):
+    """The mutant of a file with a change, shown with the lines that it is in. The lines below keep their numbers."""
+    first, last = text.rfind('\n', 0, start) + 1, text.find('\n', end)
+    parts = text[first:last], text[first:start] + new + text[end:last]
+    change = ' -> '.join(' '.join(part.split())[:120] for part in parts)
     new += '\n' * (text.count('\n', start, end) - new.count('\n'))
-    line, column = text.count('\n', 0, start) + 1, start - text.rfind('\n', 0, start)
+    line, column = text.count('\n', 0, start) + 1, start - first + 1
     return Mutant(file, f'{file}:{line}:{column}:{kind}', f'{file} {function} {kind}: {change}', start, end, new)
 
 
@@ -77,18 +78,15 @@ def by_hand(file, text):
     for right, mistakes in TEXT.get(file, {}).items():
         if text.count(right) != 1:
             raise SystemExit(f'{file} has {right!r} {text.count(right)} times: bring TEXT up to date')
-        start, end = text.index(right), text.index(right) + len(right)
+        start = text.index(right)
         for i, wrong in enumerate(mistakes, start=1):
-            yield mutant_of(file, text, f'mistake-{i}', 'TEXT', (start, end), start, end, wrong)
+            yield mutant_of(file, text, f'mistake-{i}', 'TEXT', start, start + len(right), wrong)
 
 
 def by_rule(file, text):
     """All mutants of the functions of a file, in order."""
-    found = []
-    for node, function, around in nodes(spanned(text)):
-        for kind, start, end, new in (*operators(node, text), *arguments(node), *others(node, text)):
-            near = (max(0, start - 20), end + 20) if end - start < 12 else (start, end)
-            found.append(mutant_of(file, text, kind, function, around or near, start, end, new))
+    found = [mutant_of(file, text, kind, function, start, end, new) for node, function in nodes(spanned(text))
+             for kind, start, end, new in (*operators(node, text), *arguments(node), *others(node, text))]
     return sorted(found, key=lambda x: (x.start, x.id))
 
 
@@ -104,20 +102,18 @@ def spanned(text):
     return tree
 
 
-def nodes(node, scope=(), inside=False, around=None):
-    """Yield (node, name of its function, start and end of the widest node around it that is short) for what stands in
-    functions, but for no annotation, no decorator, and nothing in an f-string, where Python 3.11 knows no columns."""
+def nodes(node, scope=(), inside=False):
+    """Yield (node, name of its function) for what stands in functions, but for no annotation, no decorator, and nothing
+    in an f-string, where Python 3.11 knows no columns."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         scope, inside = (*scope, node.name), inside or isinstance(node, ast.FunctionDef)
-    if not around and isinstance(node, (ast.expr, ast.stmt)) and len(node.text) <= 60 and '\n' not in node.text:
-        around = node.start, node.end
     if inside:
-        yield node, '.'.join(scope), around
+        yield node, '.'.join(scope)
     for field, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
             left_out = field in ('annotation', 'returns', 'decorator_list') or isinstance(child, ast.JoinedStr)
             if isinstance(child, ast.AST) and not left_out:
-                yield from nodes(child, scope, inside, around)
+                yield from nodes(child, scope, inside)
 
 
 def operators(node, text):
@@ -214,7 +210,6 @@ def outcome(root, mutant, tests, limit, kills, green):
 def main(argv=None, root=PROJECT):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--text', action='store_true', help='the mutants of TEXT, not those that are made by rule')
-    parser.add_argument('--file', help='those of this file')
     parser.add_argument('--only', default='', help='those with this text in their lines of --list')
     parser.add_argument('--sample', type=int, help='so many of them, at random')
     parser.add_argument('--seed', type=int, default=0)
@@ -223,7 +218,7 @@ def main(argv=None, root=PROJECT):
     parser.add_argument('--limit', type=float, default=900, help='seconds for all tests of a mutant')
     args = parser.parse_args(argv)
     tests, make = sources(root), by_hand if args.text else by_rule
-    chosen = [x for file in tests if args.file in (None, file) for x in make(file, (root / file).read_bytes().decode())
+    chosen = [x for file in tests for x in make(file, (root / file).read_bytes().decode())
               if args.only in f'{x.id}  {x.name}']
     if args.sample is not None:
         chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))
