@@ -1,10 +1,13 @@
 """A method that is a function in a file: Table 1's other systems, and a researcher's own."""
 
 import re
+import shutil
+from pathlib import Path
 
 import finished
 import look
 import noise
+import own
 import pytest
 import report
 import torch
@@ -17,47 +20,12 @@ from vit import InputError
 CPU = torch.device('cpu')
 SMALL = dict(img_size=24, n_train=12, n_val=4, n_test=8)
 TABLE_1 = {name: entry for name, entry in CONFIGS['methods'].items() if 'table_1.py' in entry.get('tune', '')}
-BIAS_OF_THE_TOKENS = '''
-import torch
-from torch import nn
-
-
-class Shift(nn.Module):
-    def __init__(self, vit, classes, settings):
-        super().__init__()
-        self.vit, self.head = vit, nn.Linear(vit.D, classes)
-        self.b = nn.Parameter(torch.zeros(vit.D))
-        self.register_buffer('seen', torch.zeros(()))
-        self.size = getattr(settings.options, 'size', None)
-
-    def prepare(self, batches):
-        self.seen.fill_(sum(len(labels) for images, labels in batches))
-
-    def forward(self, images):
-        tokens = self.vit.embed(images) + self.b
-        for layer in self.vit.blocks:
-            tokens, _ = layer(tokens, need_weights=False)
-        return self.head(self.vit.read(tokens))
-
-
-def shift(vit, classes, settings):
-    assert not any(p.requires_grad for p in vit.parameters())
-    return Shift(vit, classes, settings)
-
-
-def nothing(vit, classes, settings):
-    return 7
-
-
-def broken(vit, classes, settings):
-    return vit.no_such_part
-'''
 
 
 @pytest.fixture
 def file(tmp_path):
-    (tmp_path / 'mine.py').write_text(BIAS_OF_THE_TOKENS)
-    return tmp_path / 'mine.py'
+    """own.py in a place where it can be changed."""
+    return Path(shutil.copy(own.__file__, tmp_path / 'mine.py'))
 
 
 def test_the_example_of_the_readme_runs_as_it_stands_there(tmp_path, monkeypatch, capsys):

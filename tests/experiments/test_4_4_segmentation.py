@@ -1,5 +1,6 @@
 """4.4, segmentation: SETR's heads on tuned ViTs, masks and their augmentation, windows, mIoU, and runs."""
 
+import inspect
 from functools import cache, partial
 from math import log
 
@@ -7,6 +8,7 @@ import finished
 import look
 import noise
 import numpy as np
+import own
 import pytest
 import report
 import segmentation
@@ -508,27 +510,10 @@ def test_a_run_on_ade20k_has_all_scores_and_the_same_bits_from_memory_or_files_a
     assert again['params_digest'] == result['params_digest'] and again['multi_scale'] == scores[2]
 
 
-OWN = '''
-from torch import nn
-
-
-class Shift(nn.Module):
-    def __init__(self, vit, classes, settings):
-        super().__init__()
-        self.vit, self.b = vit, nn.Parameter(vit.cls_token.detach().clone())
-
-    def forward(self, images):
-        tokens = self.vit.embed(images) + self.b
-        for layer in self.vit.blocks:
-            tokens, _ = layer(tokens, need_weights=False)
-        return self.head(self.vit.read(tokens))
-'''
-
-
 def test_a_file_that_the_project_does_not_know_brings_a_task_with_masks_and_a_method(tmp_path, monkeypatch, capsys):
     """The example of segmentation.py, as it stands there, in a run from another folder."""
     lines = segmentation.__doc__.split('\n\n    from')[1].split('\n    python')[0]
-    (tmp_path / 'my_masks.py').write_text(('from' + lines).replace('\n    ', '\n') + OWN)
+    (tmp_path / 'my_masks.py').write_text(('from' + lines).replace('\n    ', '\n') + inspect.getsource(own))
     for i, part in enumerate(['train'] * 6 + ['val'] * 2 + ['test'] * 3):
         mask = np.random.default_rng(i).integers(0, 3, (5, 6), dtype=np.uint8).repeat(8 + i, 0).repeat(10, 1)
         save(np.stack([80 * mask] * 3, axis=-1), tmp_path / 'data' / 'roads' / part / f'{i}.jpg')
