@@ -39,7 +39,7 @@ def test_the_example_of_the_readme_runs_as_it_stands_there(tmp_path, monkeypatch
     assert 'trained' in capsys.readouterr().out and len(folders_of(tmp_path / 'runs')) == 2
 
 
-def test_what_it_trains_and_its_own_buffers_are_saved_and_loaded_and_belong_to_its_code(file, tmp_path, capfd):
+def test_what_a_method_of_a_file_trains_and_its_buffers_are_saved_and_loaded_by_its_code_alone(file, tmp_path, capfd):
     runs, argv = tmp_path / 'runs', ('--method', f'{file}:shift')
     assert run(runs, *argv, **SMALL) == 0
     folder, = folders_of(runs)
@@ -59,7 +59,7 @@ def test_what_it_trains_and_its_own_buffers_are_saved_and_loaded_and_belong_to_i
         assert err.count('\n') == 1 and 'code' in err
 
 
-def test_its_own_settings_stand_in_its_entry_and_can_be_set(file):
+def test_settings_of_a_method_of_a_file_stand_in_its_entry_and_can_be_set(file):
     configs = train.read_configs()
     configs['methods']['mine'] = {'tune': f'{file}:shift', 'size': 3}
     settings = train.settings_of(configs, 'where_blue', None, 'mine', {'weights': 'random', 'size': 5})

@@ -390,7 +390,7 @@ def test_a_system_starts_as_the_frozen_vit_or_near_it(name):
 
 
 @pytest.mark.parametrize('name', ['lora', 'gapt'])
-def test_what_is_read_is_the_backbones(name):
+def test_a_system_reads_what_its_backbone_reads(name):
     """MAE's: the mean of the image tokens, and so without prompts."""
     model, read = system(name, tiny()), []
     model.vit.readout = 'mean'

@@ -237,7 +237,7 @@ def test_vanilla_cdc_is_the_sum_of_all_prompts_so_far_and_obeys_its_recursion(ca
 
 
 @given(cases())
-def test_all_takes_every_position_in_order_whatever_the_weights(case):
+def test_ar_at_all_tokens_takes_every_position_in_order_whatever_the_weights(case):
     """Table 4, "All": row i of P_re belongs to position i; equal rows are a constant for every image token. Top-k with
     k = M, Eq. 15, gives row r to position Ω_r: it is All with the rows of P_re in the order of Ω⁻¹, which is each
     image's own. What M tokens are given is the same, who gets what is not."""
@@ -261,7 +261,7 @@ def test_for_one_image_all_and_top_k_with_k_equal_to_M_are_one_model(case):
 
 
 @given(cases())
-def test_k_has_no_part_in_all(case):
+def test_k_has_no_part_in_ar_at_all_tokens(case):
     """Table 4. P_re has a row for each of the M image tokens."""
     model = IVPT(plain_vit(case), case.C, Prompts(case.N, k=10 ** 6, aggregation=True, reinforcement='all'))
     assert model.P_re.shape == (case.L - 1, case.M, case.D) and not model.P_re.any()

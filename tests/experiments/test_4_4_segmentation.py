@@ -228,7 +228,7 @@ def test_miou_and_pixel_accuracy_are_those_of_a_loop_over_pixels_whose_largest_l
 
 @pytest.mark.parametrize('scales, score_on, expected', [
     ([], 'test', [(1.0,)]), ([0.5, 2.0], 'test', [(1.0,), [0.5, 2.0]]), ([0.5, 2.0], 'val', [(1.0,)])])
-def test_a_test_alone_is_at_several_scales_too(scales, score_on, expected, monkeypatch):
+def test_only_a_test_is_at_several_scales_too(scales, score_on, expected, monkeypatch):
     small = torch.tensor([[3.0, 1, 0], [2, 4, 0], [0, 0, 0]])  # 3 / 6 and 4 / 7; nobody saw the third class
     seen, tables = [], iter([torch.eye(2), small])
 
