@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from oracle import close, embed, eq_3, layer, layer_norm
+from oracle import close, embed, eq_3, layer_norm
 from oracle import prompts as literal_prompts
 from PIL import Image
 from pictures import CONFIGS, NANO, TINY, folders_of, run, tiny
@@ -48,14 +48,14 @@ def noise_picture(seed, *shape):
 def literal_features(model, images):
     """The image tokens of each layer; prompts, if any, are concatenated."""
     backbone = getattr(model, 'vit', model)
+    P_hat = [images.new_zeros(0, backbone.D)] * backbone.L
+    if backbone is not model:
+        P_hat = literal_prompts(model.structure, model.P, model.gamma)
     x, Z = embed(backbone, images), []
-    for l, block in enumerate(backbone.blocks):
-        if backbone is model:
-            x, _ = layer(block, x)
-        else:
-            P_hat = literal_prompts(model.structure, model.P, model.gamma)
-            x = torch.cat(eq_3(block, x[:, :1], P_hat[l], x[:, 1:])[:2], dim=1)
-        Z.append(x[:, 1:])
+    z_cls, tokens = x[:, :1], x[:, 1:]
+    for P, block in zip(P_hat, backbone.blocks):
+        z_cls, tokens, _ = eq_3(block, z_cls, P, tokens)
+        Z.append(tokens)
     return Z
 
 

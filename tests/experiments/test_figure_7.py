@@ -34,13 +34,6 @@ def looks(folder, *argv):
     return run(folder, *argv, program=look, **SMALL)
 
 
-def drawn(folder, name):
-    """The size of the one picture by a name in a folder."""
-    file, = folder.rglob(name)
-    with Image.open(file) as image:
-        return image.size
-
-
 # ---- A map ----------------------------------------------------------------------------------------------
 
 
@@ -86,7 +79,9 @@ def test_runs_are_stacked_in_one_picture_and_one_run_is_drawn_in_its_own_folder(
     assert looks(runs, '--method', 'vpt') == 0
     rows = {'attention,vpt+ivpt+linear,*,seed0.png': 12, 'vpt,*/seed0/attention.png': 4}
     for name, n in rows.items():
-        assert drawn(runs, name) == (7 * (TILE + 2) + 2, 18 + n * (18 + TILE + 4))
+        file, = runs.rglob(name)
+        with Image.open(file) as image:
+            assert image.size == (7 * (TILE + 2) + 2, 18 + n * (18 + TILE + 4))
     assert capsys.readouterr().out.count('drawn: ') == 2
 
 
