@@ -150,18 +150,10 @@ def find(tree, name, file):
 
 def with_body(source, name, body, file):
     """Python source in which the function `name` has another body. Its signature and docstring stay."""
-    node, content = find(ast.parse(source), name, file), source.encode()
-    starts = [0]  # of each line, in bytes, as ast counts
-    for line in content.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-    first, indent = node.body[0], ' ' * node.body[0].col_offset
-    body = textwrap.indent(textwrap.dedent(body).strip('\n'), indent)
-    if ast.get_docstring(node) is None:
-        begin, body = starts[first.lineno - 1] + first.col_offset, body.lstrip()
-    else:
-        begin, body = starts[first.end_lineno - 1] + first.end_col_offset, '\n' + body
-    end = starts[node.end_lineno - 1] + node.end_col_offset
-    return (content[:begin] + body.encode() + content[end:]).decode()
+    node, lines = find(ast.parse(source), name, file), source.split('\n')
+    docstring = node.body[0]
+    body = textwrap.indent(textwrap.dedent(body).strip('\n'), ' ' * docstring.col_offset)
+    return '\n'.join([*lines[:docstring.end_lineno], body, *lines[node.end_lineno:]])
 
 
 def blank(exercise):

@@ -8,80 +8,26 @@ import pytest
 import sweep
 import train
 from exercise import EXERCISES, PARTS, PROJECT, main
-
-# Two plausible wrong answers to each exercise: for each of its functions the body, and the sentence that is false.
-RIGHT_DA = 'return torch.cat([P[:1], P[1:] + psi(gamma, P[:-1])])'
-NAIVE = '''
-    x = torch.cat([tokens, *(c.expand(len(tokens), -1, -1) for c in context)], dim=1)
-    q, k, v = self.qkv(x).unflatten(-1, (3, self.N_h, -1)).permute(2, 0, 3, 1, 4)  # [B, N_h, T, d]
-    T, d, D = tokens.shape[1], q.shape[-1], tokens.shape[2]
-    A = (q[:, :, :T] @ k.mT / SCALE).softmax(-1)
-    return self.proj((A @ v).transpose(1, 2).flatten(2)), ROW
-'''
+from mutants import by_hand, by_rule, spanned
 
 
-def naive(scale, row):
-    """Attention with prompts as tokens of the sequence; its scale and the row of weights as given."""
-    return NAIVE.replace('SCALE', scale).replace('ROW', row)
-
-
-WRONG = {
-    1: [('return P.cumsum(dim=0)',  # vanilla CDC
-         'cdc adds the previous layers prompts and the first layers are its own'),
-        ('return P + P.roll(1, 0)', 'cdc adds the previous layers prompts and the first layers are its own')],
-    2: [(RIGHT_DA, 'return gamma.mT @ P', 'psi is the double sum'),
-        ('P_hat = [P[0]]\nfor l in range(1, len(P)):\n    P_hat.append(P[l] + psi(gamma[l - 1], P_hat[-1]))\n'
-         'return torch.stack(P_hat)', 'return gamma @ P', 'da adds psi of the previous layers prompts')],
-    3: [('return torch.exp((p.unsqueeze(-3) @ W_K.mT @ q.unsqueeze(-1)).squeeze(-1) / p.shape[-1] ** 0.5)',
-         'the weight of a prompt is the exponential of its scaled score'),
-        ('return ((p.unsqueeze(-3) @ W_K.mT @ q.unsqueeze(-1)).squeeze(-1) / q.shape[-1] ** 0.5).softmax(-1)',
-         'the weight of a prompt is the exponential of its scaled score')],
-    4: [('return attention_weight(q, W_K, p_previous), attention_weight(q, W_K, p)',
-         'alpha is what a previous prompt would weigh'),
-        ('return attention_weight(q, W_K, p), attention_weight(q, W_K, p + p_previous)',
-         'alpha is what a previous prompt would weigh')],
-    5: [('gamma_p = gamma.mT.unsqueeze(-1) * p_previous.unsqueeze(-3)\n'
-         'alpha = attention_weight(q, W_K, gamma_p.flatten(-3, -2))\n'
-         'return attention_weight(q, W_K, p), alpha.unflatten(-1, gamma.shape[-2:])',
-         'alpha is what a previous prompt would weigh'),
-        ('return attention_weight(q, W_K, p), gamma * attention_weight(q, W_K, p_previous).unsqueeze(-2)',
-         'alpha is what a previous prompt would weigh')],
-    6: [('A = matrix(structure, L)\nreturn A.T @ A', 'A A transposed is what its closed form says'),
-        ('l = torch.arange(L).double()\nif structure == "vanilla_cdc":\n    return 1 + torch.minimum(l[:, None], l)\n'
-         'distance = (l[:, None] - l).abs()\nreturn 1.0 * (distance <= (structure == "cdc")) + torch.eye(L).double()',
-         'A A transposed is what its closed form says')],
-    7: [('return w.topk(k, dim=-1).indices.sort(dim=-1).values', 'Omega lists the positions'),
-        ('return w.argsort(dim=-1)[..., :k]', 'Omega lists the positions')],  # the smallest
-    8: [('B, k, D = *Omega.shape, Z.shape[-1]\n'
-         'return Z.scatter_(1, Omega.unsqueeze(-1).expand(B, k, D), P_re.expand(B, k, D))',
-         'tokens in Omega change by P re'),
-        ('B, k, D = *Omega.shape, Z.shape[-1]\n'
-         'return Z.scatter_add(1, Omega.unsqueeze(-1).expand(B, k, D), P_re.expand(B, k, D))',
-         'tokens in Omega change by P re')],
-    9: [(naive('D ** 0.5', 'A[:, :, 0].mean(dim=1).detach()'), 'prompts as context are prompts in the sequence'),
-        (naive('d ** 0.5', 'A[:, :, 0].mean(dim=1)'), 'the class tokens weights are its row')],
-    10: [('return self.blocks[-1](tokens[:, :1], *context, need_weights=False)[0]', 'what is read of the last layer'),
-         ('return self.blocks[-1](tokens, *context, need_weights=False)[0]', 'the last layer asks with what is read')],
-    11: [('rising = round(warmup * steps)\nif step < rising:\n    return step / rising\n'
-          'return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))',
-          'the learning rate rises linearly'),
-         ('rising = round(warmup * steps)\nif step < rising:\n    return (step + 1) / rising\n'
-          'return 0.5 * (1 + math.cos(math.pi * step / steps))', 'the learning rate rises linearly')],
-}
-
-
-def answer(folder, number, bodies):
-    """Write bodies into the functions of an exercise."""
+def wrong(number):
+    """One or two wrong answers to an exercise: the text of its file with a mistake of mistakes.py, or one made by rule."""
     file, functions = EXERCISES[number].file, EXERCISES[number].functions
+    text = (PROJECT / file).read_text(encoding='utf-8')
+    asked = [exercise.find(spanned(text), name, file) for name in functions]
+
+    def inside(mutants):
+        return [x for x in mutants if any(node.start <= x.start and x.end <= node.end for node in asked)]
+    found = inside(by_hand(file, text)) or inside(by_rule(file, text))
+    return [text[:x.start] + x.new + text[x.end:] for x in found[:2]]
+
+
+def answer(folder, number, body):
+    """Write a body into the one function of an exercise."""
+    file, (name,), *_ = EXERCISES[number][1:]
     text = (folder / file).read_text(encoding='utf-8')
-    for name, body in zip(functions, bodies, strict=True):
-        text = exercise.with_body(text, name, body, file)
-    (folder / file).write_text(text, encoding='utf-8')
-
-
-def solve(folder, number):
-    file = EXERCISES[number].file
-    (folder / file).write_bytes((PROJECT / file).read_bytes())
+    (folder / file).write_text(exercise.with_body(text, name, body, file), encoding='utf-8')
 
 
 def checked(folder, capsys):
@@ -95,39 +41,31 @@ def checked(folder, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', EXERCISES)
-def test_each_exercise_fails_when_blank_and_with_two_wrong_answers_and_passes_when_solved(number, tmp_path, capsys):
-    folder = tmp_path / 'copy'
+def test_each_exercise_fails_when_blank_and_with_wrong_answers_and_passes_when_solved(number, tmp_path, capsys):
+    folder, file = tmp_path / 'copy', EXERCISES[number].file
     assert main([str(number), str(folder)]) == 0
     status, said = checked(folder, capsys)
     assert status == 1 and 'is not written yet' in said
-    for *bodies, sentence in WRONG[number]:
-        answer(folder, number, bodies)
+    for text in wrong(number):
+        (folder / file).write_text(text, encoding='utf-8')
         status, said = checked(folder, capsys)
-        assert status == 1 and f'FALSE: {sentence}' in said, said
-    solve(folder, number)
+        assert status == 1 and 'FALSE: ' in said, said
+    (folder / file).write_bytes((PROJECT / file).read_bytes())
     status, said = checked(folder, capsys)
-    assert status == 0 and 'right. All' in said, said
+    assert status == 0 and re.search(r': right\. All [1-9]\d* sentences are true\.', said), said
 
 
-def test_a_wrong_answer_is_told_by_the_false_sentence_and_the_smallest_case(tmp_path, capsys):
+def test_a_wrong_answer_is_told_by_the_false_sentence_and_the_smallest_case(tmp_path, capsys, monkeypatch):
     """Vanilla CDC for CDC: they differ from the third layer on, and the case has three."""
-    folder = tmp_path / 'copy'
+    folder, one = tmp_path / 'copy', EXERCISES[1]
+    monkeypatch.setitem(EXERCISES, 1, one._replace(tests=(*one.tests, '-k', 'test_cdc_adds')))
     assert main(['1', str(folder)]) == 0
-    answer(folder, 1, ['return P.cumsum(dim=0)'])
+    answer(folder, 1, 'return P.cumsum(dim=0)')
     status, said = checked(folder, capsys)
     assert status == 1
     assert 'FALSE: cdc adds the previous layers prompts and the first layers are its own\n' in said
     assert 'P̂^l = P^l + P^{l-1}' in said
     assert 'smallest case  B=1, L=3, N=1, M=1, N_h=1, d=3, k=1, C=1, seed=0\n' in said
-
-
-@pytest.mark.slow
-def test_a_right_answer_is_told_by_how_many_sentences_are_true(tmp_path, capsys):
-    folder = tmp_path / 'copy'
-    assert main(['11', str(folder)]) == 0
-    solve(folder, 11)
-    status, said = checked(folder, capsys)
-    assert status == 0 and re.match(r'Warm-up and cosine: right\. All [4-9] sentences are true\.', said), said
 
 
 @pytest.mark.parametrize('passed, trouble, words', [
@@ -148,7 +86,7 @@ def test_an_exercise_whose_tests_did_not_run_is_not_right(passed, trouble, words
 def test_an_answer_that_never_ends_or_ends_everything_is_told_too(body, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(exercise, 'LIMIT', 20 if 'while' in body else exercise.LIMIT)
     assert main(['11', str(tmp_path / 'copy')]) == 0
-    answer(tmp_path / 'copy', 11, [body])
+    answer(tmp_path / 'copy', 11, body)
     status, said = checked(tmp_path / 'copy', capsys)
     assert status == 1 and words in said, said
 
@@ -165,36 +103,24 @@ def test_a_file_that_cannot_be_imported_is_told_by_its_error(tmp_path, capsys):
 # ---- The copy -------------------------------------------------------------------------------------------
 
 
-def parts(source, name, file):
-    """Of a function: its signature and decorators, its docstring, and the other statements of its body."""
-    node = exercise.find(ast.parse(source), name, file)
-    docstring = ast.get_docstring(node, clean=False)
-    body = [ast.unparse(statement) for statement in node.body[docstring is not None:]]
-    return ast.unparse(node.args), [ast.unparse(x) for x in node.decorator_list], docstring, body
+def without_bodies(source, exercise_):
+    """The syntax tree of a file without the bodies of the functions that an exercise asks for, and these bodies."""
+    tree, bodies = ast.parse(source), []
+    for name in exercise_.functions:
+        node = exercise.find(tree, name, exercise_.file)
+        assert ast.get_docstring(node)
+        bodies.append([ast.unparse(statement) for statement in node.body[1:]])
+        del node.body[1:]
+    return ast.dump(tree), bodies
 
 
-@pytest.mark.parametrize('number', EXERCISES)
-def test_of_a_function_only_the_body_goes_and_of_its_file_nothing_else(number):
+@pytest.mark.parametrize('one', EXERCISES.values(), ids=lambda one: one.title)
+def test_of_a_function_only_the_body_goes_and_of_its_file_nothing_else(one):
     """In all exercises, and so all their functions are there."""
-    file, functions = EXERCISES[number].file, EXERCISES[number].functions
-    source, blank = (PROJECT / file).read_text(encoding='utf-8'), exercise.blank(EXERCISES[number])
-    for name in functions:
-        assert parts(blank, name, file)[:3] == parts(source, name, file)[:3]
-        assert parts(blank, name, file)[3] == ['raise NotImplementedError'] and parts(source, name, file)[2]
-        body = '\n'.join(parts(source, name, file)[3])
-        blank = exercise.with_body(blank, name, body, file)
-    assert ast.dump(ast.parse(blank)) == ast.dump(ast.parse(source))
-
-
-@pytest.mark.parametrize('source, expected', [
-    ('def f(x): return 1', 'def f(x): pass'),
-    ('def f(x):\n    # why\n    return (\n        1)\n\n\nx = 2\n', 'def f(x):\n    # why\n    pass\n\n\nx = 2\n'),
-    ('@decorator\ndef f(P̂):\n    """Eq. 4. P̂."""\n\n    return P̂  # P̂\n',
-     '@decorator\ndef f(P̂):\n    """Eq. 4. P̂."""\n    pass  # P̂\n'),
-    ('def f():\n    """Nothing."""\nx = 1\n', 'def f():\n    """Nothing."""\n    pass\nx = 1\n'),
-])
-def test_a_body_is_found_wherever_it_stands(source, expected):
-    assert exercise.with_body(source, 'f', 'pass', 'file.py') == expected
+    source = (PROJECT / one.file).read_text(encoding='utf-8')
+    (whole, there), (blank, gone) = (without_bodies(text, one) for text in (source, exercise.blank(one)))
+    assert blank == whole and all(there)
+    assert gone == [['raise NotImplementedError']] * len(one.functions)
 
 
 def test_a_copy_has_what_is_needed_and_says_what_to_do(tmp_path, capsys):
@@ -216,7 +142,6 @@ def test_the_list_has_every_exercise_in_the_papers_order_and_questions_after_eac
     places = [said.index(f'{number:2d}  {exercise.title}') for number, exercise in EXERCISES.items()]
     assert places == sorted(places) and 10 <= len(places) <= 12
     assert all(2 <= len(questions) <= 3 for _, _, questions in PARTS)
-    assert set(WRONG) == set(EXERCISES)
 
 
 COMMANDS = [line for *_, questions in PARTS for question in questions for line in question.split('\n')[1:]]
