@@ -12,7 +12,7 @@ from mutants import by_hand, by_rule, spanned
 
 
 def wrong(number):
-    """One or two wrong answers to an exercise: the text of its file with a mistake of mistakes.py, or one made by rule."""
+    """One or two wrong answers to an exercise: its file's text with a mistake of mistakes.py, or one made by rule."""
     file, functions = EXERCISES[number].file, EXERCISES[number].functions
     text = (PROJECT / file).read_text(encoding='utf-8')
     asked = [exercise.find(spanned(text), name, file) for name in functions]
