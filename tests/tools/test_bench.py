@@ -7,7 +7,8 @@ from argparse import Namespace
 import bench
 import pytest
 
-SYSTEMS = [name for name, entry in bench.CONFIGS['methods'].items() if 'table_1.py' in str(entry.get('tune'))]
+SYSTEMS = [name for name, entry in bench.CONFIGS['methods'].items()
+           if 'table_1.py' in str(entry.get('tune'))] + ['dam_vp']
 SMALL = ['--model', 'vit_nano_patch8_16', '--batch', '2', '--k', '2', '--rounds', '1']
 
 
@@ -20,7 +21,7 @@ def run(monkeypatch, *argv):
 @pytest.mark.parametrize('argv, said', [
     ([*SMALL, '--prompts', '3', '--precision', 'float32,auto,bfloat16'], '| iVPT 3 | bfloat16 |'),
     ([*SMALL, '--prompts', '3', '--model', 'swin_nano_patch4_window3_48'], '| iVPT 3 | float32 |'),
-    ([*SMALL, '--variants', ','.join(SYSTEMS)], '| gapt | float32 |'),
+    ([*SMALL, '--variants', ','.join(SYSTEMS)], '| dam_vp | float32 |'),
     (['--loop', 'where_blue', '--rounds', '1', '--set', 'n_train=30', 'n_val=10', 'n_test=10', 'batch=8'],
      'images/s in the loop')])
 def test_the_bench_runs(argv, said, monkeypatch, capsys):
