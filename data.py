@@ -1,8 +1,7 @@
 """Tasks: which pictures are trained on, which are tested on, and how they become batches.
 
-A picture is a pair: a uint8 tensor [3, H, W] and its label, the number of its class (or what else the loss and the
-score of the task take). A set of pictures is a list of those in memory, or `Files`, which decodes them when asked for.
-A sample is a pair: where a picture lies, and its label.
+A picture is a pair: a uint8 tensor [3, H, W] and its label, the number of its class (or what else a task's loss takes).
+A set of pictures is a list of those, or `Files`, which decodes them when asked for, by samples: (path, label).
 """
 
 import hashlib
@@ -13,7 +12,8 @@ import re
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +39,7 @@ class Pictures:
     images: str = ''  # fgvc: the folder in it that the names of the lists start from
     instead: Annotated[str, '', 'FILE.py:NAME'] = ''  # vtab: the function that reads the task where DIR is missing
     classes: Annotated[int, 0, 10**6] = 0  # 0, for images in folders: as many as there are
-    n_train: Annotated[int, 1, 10**8] = 800  # VTAB-1k's protocol: 800 for training and 200 for validation; the final
+    n_train: Annotated[int, 1, 10**8] = 800  # VTAB-1k's protocol: 800 to train on and 200 for validation; the final
     n_val: Annotated[int, 0, 10**8] = 200  # run trains on both
     n_test: Annotated[int, 1, 10**8] = 2000
     augment: str = 'crop_flip'  # for training (4.1), a word of `Task.augments`
@@ -55,47 +55,53 @@ def centre(image, label, backbone, draws, seed):
 
 def crop_flip(image, label, backbone, draws, seed):
     """4.1's augmentation: a window of an image [3, H, W], flipped or not, uint8 [3, S, S]; its label as it is.
-
-    draws: three random numbers from 0 to 1. seed: of who needs more of them (here nobody)."""
+    draws: three random numbers from 0 to 1. seed: for more of them."""
     S, (top, left, flip) = backbone.img_size, draws.tolist()
     i, j = int(top * (image.shape[1] - S + 1)), int(left * (image.shape[2] - S + 1))
     window = image[:, i:i + S, j:j + S]
     return window.flip(-1) if flip < 0.5 else window, label
 
 
-def accuracy(model, pictures, settings, device):
-    """The score of classes: {'accuracy': the part of the pictures whose largest logit is that of their class}."""
-    right = torch.zeros((), dtype=torch.int64, device=device)
+def answers(model, pictures, settings, device):
+    """A row for each picture, in order: its class, the class of its largest logit, and that one's probability.
+    Raises FloatingPointError for a logit that is not finite: argmax takes NaN for an answer."""
+    rows = []
     for images, labels in batches(pictures, settings, device):
-        right += (model(images).argmax(dim=1) == labels).sum()
-    return {'accuracy': right.item() / len(pictures)}
+        logits = model(images).float()
+        if not logits.isfinite().all():
+            raise FloatingPointError('a logit of a picture that is scored is not finite')
+        found = logits.argmax(dim=1, keepdim=True)
+        p = logits.softmax(dim=1).gather(1, found)
+        rows += zip(labels.tolist(), found[:, 0].tolist(), p[:, 0].tolist())
+    return [dict(zip(('class', 'taken_for', 'probability'), row)) for row in rows]
+
+
+def accuracy(rows):
+    """The score of classes: {'accuracy': the part of the pictures that are taken for what they are}."""
+    return {'accuracy': sum(row['class'] == row['taken_for'] for row in rows) / len(rows)}
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, validated and tested on, and how. `notes` are lines for the header of the run.
-
-    augments: what `augment` may name, functions as `crop_flip`. loss: f(logits, labels) -> a scalar. score: f(model,
-    pictures, settings, device) -> numbers from 0 to 1 by name; `accuracy` is the main one, whatever `measure` calls it.
-    guess: the loss of a guess, if it is not ln C. head: f(tuned model without a head of its own, number of classes) ->
-    the module that is trained; None: the method's own."""
+    """What is trained, validated and tested on, and how."""
 
     train: Dataset | list
     val: Dataset | list
     test: Dataset | list
     classes: list[str]
-    notes: list[str] = field(default_factory=list)
-    augments: dict[str, Callable] = field(default_factory=lambda: {'crop_flip': crop_flip, 'none': centre})
-    loss: Callable = F.cross_entropy
-    score: Callable = accuracy
-    measure: str = 'accuracy'
-    guess: float | None = None
-    head: Callable | None = None
+    notes: list[str] = field(default_factory=list)  # lines for the header of the run
+    augments: dict[str, Callable] = field(default_factory=lambda: {'crop_flip': crop_flip, 'none': centre})  # by word
+    loss: Callable = F.cross_entropy  # f(logits, labels) -> a scalar
+    answers: Callable = answers  # f(model, pictures, settings, device) -> a dict for each, a row of predictions.csv
+    score: Callable = accuracy  # f(rows of that file) -> numbers from 0 to 1 by name; `accuracy` is the main one
+    measure: str = 'accuracy'  # what the main one is called
+    guess: float | None = None  # the loss of a guess, if it is not ln C
+    head: Callable | None = None  # f(tuned model without a head, number of classes) -> the module that is trained
+    source: str = ''  # the function that read it, if it is another than the settings name
 
 
 def load(settings):
-    """The task that the settings name: by a function of this file, or FILE.py:NAME, from the settings to a Task. Raises
-    InputError, with what to put where, if pictures are missing or wrong."""
+    """The task that the settings name. Raises InputError, with what to put where, if pictures are missing or wrong."""
     source, augment = settings.pictures.source, settings.pictures.augment
     known = {'vtab': vtab, 'fgvc': fgvc, 'folder': folders}
     task = known[source](settings) if source in known else from_file(source, check_task, settings)
@@ -105,24 +111,25 @@ def load(settings):
 
 
 def check_task(task, settings):
-    """Raise TypeError or ValueError if a task of a user's own is not what the rest of this file takes."""
+    """Raise InputError if a task of a user's own is not what the rest of this file takes."""
     if not (isinstance(task, Task) and all(isinstance(x, (list, Files)) for x in (task.train, task.val, task.test))):
-        raise TypeError(f'returned a {type(task).__name__}, and not a data.Task of lists or data.Files')
+        raise InputError(f'it returned a {type(task).__name__}, and not a data.Task of lists or data.Files')
     if not (isinstance(task.classes, list) and all(isinstance(name, str) for name in task.classes)):
-        raise TypeError(f'its classes are {repr(task.classes)[:100]}, and not a list of names')
+        raise InputError(f'its classes are {repr(task.classes)[:100]}, and not a list of names')
     S, n = settings.backbone.img_size, len(task.classes)
     for pictures in task.train, task.val, task.test:
         for image, label in getattr(pictures, 'samples', pictures):
-            right = isinstance(pictures, Files) or (image.dtype, len(image)) == (torch.uint8, 3)
-            if not right or isinstance(pictures, list) and min(image.shape[1:]) < S:
-                raise ValueError(f'an image is {image.dtype} {[*image.shape]}, not uint8 [3, H, W] from {S} pixels on')
+            right = isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and len(image) == image.ndim == 3
+            if isinstance(pictures, list) and not (right and min(image.shape[1:]) >= S):
+                what = f'{image.dtype} {[*image.shape]}' if hasattr(image, 'dtype') else repr(image)[:80]
+                raise InputError(f'an image is {what}, not a tensor, uint8 [3, H, W] from {S} pixels on')
             if task.loss is F.cross_entropy and not (type(label) is int and 0 <= label < n):
-                raise ValueError(f'a label is {repr(label)[:80]}, and not a class, an int from 0 to {n - 1}')
+                raise InputError(f'a label is {repr(label)[:80]}, and not a class, an int from 0 to {n - 1}')
 
 
 def digest(task, folder):
-    """What tells a task's pictures from others: count and SHA-256 of the classes, and of names (within the data folder,
-    which may move), sizes in bytes and labels of each set, in order."""
+    """What tells a task's pictures from others: count and SHA-256 of the classes, and of names within the data folder,
+    sizes in bytes and labels of each set, in order."""
     found = {'class names': task.classes}
     for name in 'train', 'val', 'test':
         pictures = getattr(task, name)
@@ -144,27 +151,38 @@ def identity(x, folder):
 # ---- Doors: a task, a method or a backbone in a file that this project does not know --------------------
 
 
+LOADED = {}  # the files of code that came in, as they were named, by their whole paths
+
+
 def from_file(where, check, *arguments):
-    """What the function that FILE.py:NAME names makes of the arguments, if check(it, *arguments) raises nothing. The
-    file is code, and is run. Raises InputError for all that the function or the check raises."""
+    """What the function that FILE.py:NAME names makes of the arguments. The file is code, and is run; what it raises is
+    raised. Raises InputError if it has no such function, or check(made, *arguments) does."""
+    function, made = getattr(code_in(find(where)), where.rpartition(':')[2], None), None
+    if function is None:
+        raise InputError(f'{where}: the file has no function by this name')
     try:
-        made = getattr(code_in(find(where)), where.rpartition(':')[2])(*arguments)
+        made = function(*arguments)
         check(made, *arguments)
     except Exception as error:
-        kind = '' if isinstance(error, InputError) else f'{type(error).__name__}: '
-        raise InputError(f'{where}: {kind}{error}') from None
+        if made is None and not isinstance(error, InputError):
+            raise  # of the function: with its place
+        raise InputError(f'{where}: {error}') from None
     return made
 
 
 def find(where):
-    """The path of the file in FILE.py:NAME: as it is given, or else beside this file."""
+    """The path of the file in FILE.py:NAME: as it is given, or else beside this file. Raises InputError."""
     path = Path(where.rpartition(':')[0])
-    return path if path.exists() else Path(__file__).resolve().parent / path
+    path = path if path.is_file() else Path(__file__).resolve().parent / path
+    if not path.is_file():
+        raise InputError(f'{where}: there is no such file')
+    return path
 
 
 def code_in(path):
     """The module that a file is: the file is run."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    LOADED[os.path.abspath(path)] = path
+    spec = importlib.util.spec_from_file_location(path.stem, os.path.abspath(path))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -193,8 +211,8 @@ class Files(Dataset):
 
 
 def read_image(path, size):
-    """An image, upright and in RGB: uint8 [3, H, W]. path: of its file; or, where there is no file, a function without
-    arguments that returns Pillow's image. size: of the shorter side, (H, W) or None. Raises InputError."""
+    """An image, upright and in RGB: uint8 [3, H, W]. path: of its file; or a function without arguments that returns
+    Pillow's image. size: of the shorter side, (H, W) or None. Raises InputError."""
     try:
         with path() if callable(path) else Image.open(path) as image:
             image.load()  # in a PNG file EXIF data may follow the pixels; a TIFF file is turned here
@@ -213,15 +231,13 @@ def turn_of(image):
     T = Image.Transpose
     turns = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270,
              7: T.TRANSVERSE, 8: T.ROTATE_90}
-    try:
+    with suppress(Exception):  # Pillow raises what its many decoders raise
         return turns.get(image.getexif().get(0x0112))  # the tag Orientation
-    except Exception:  # Pillow raises what its many decoders raise
-        return None
 
 
 def eight_bits(image):
-    """Grey levels of 16 bits in 8; convert('RGB') would clip them to black and white. The largest level is white: 4095
-    in a TIFF file of 12 bits, else 65535: 12 bits in a file that says 16 stay dark. Raises ValueError for 32 bits."""
+    """Grey levels of 16 bits in 8; convert('RGB') would clip them. The largest level is white: 4095 in a TIFF file of
+    12 bits, else 65535: 12 bits in a file that says 16 stay dark. Raises ValueError for 32 bits."""
     if image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PNG'):
         bits, *_ = getattr(image, 'tag_v2', {}).get(258, [16])  # BitsPerSample
         return Image.fromarray((np.asarray(image) / ((2 ** bits - 1) / 255)).round().astype(np.uint8))
@@ -237,8 +253,8 @@ def resized(settings):
 
 
 def in_memory(pictures, machine, device):
-    """Decode all pictures once, so that a broken one ends no run after hours: it raises InputError. If they fit into
-    `cache_gb` they are kept, on a GPU if they fit into half of what is free there; others stay in their files."""
+    """Decode all pictures once: a broken one raises InputError before training. If they fit into `cache_gb` they are
+    kept, on a GPU if they fit into half of what is free there; others stay in their files."""
     if isinstance(pictures, list):
         return pictures
     kept, size = [], 0
@@ -253,16 +269,6 @@ def in_memory(pictures, machine, device):
     return [(image.to(device), label) for image, label in kept]
 
 
-def learned_and_scored(task, settings, device):
-    """The pictures to train on and those to score, decoded once: none of them is broken. Raises InputError."""
-    test = settings.loop.score_on == 'test'
-    learn, score = (task.train + task.val, task.test) if test else (task.train, task.val)
-    if not len(learn) or not len(score):
-        raise InputError(f'{len(learn)} images to train on and {len(score)} of {settings.loop.score_on} to score: look '
-                         'at n_train and n_val, and at the lists of the data set')
-    return in_memory(learn, settings.machine, device), in_memory(score, settings.machine, torch.device('cpu'))
-
-
 def workers_of(machine):
     """How many threads decode: `workers`, or for -1 one for each CPU of this process, at most 8."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -271,8 +277,8 @@ def workers_of(machine):
 
 
 def decoded(work, requests, workers):
-    """Yield work(request) for each request, in order, done ahead by threads: Pillow decodes without Python's lock, and
-    threads need no shared memory, of which a container has little. workers=0: without threads."""
+    """Yield work(request) for each request, in order, done ahead by threads: Pillow decodes without Python's lock.
+    workers=0: without threads."""
     pool, rest = ThreadPoolExecutor(workers or 1), iter(requests)
     try:
         waiting = deque(pool.submit(work, request) for request in islice(rest, 2 * workers))
@@ -298,15 +304,14 @@ def vtab(settings):
         parts = [read_list(root / name, root, ids, unknown) for name in ('train800.txt', 'val200.txt', 'test.txt')]
         return compared(parts, [str(c) for c in ids], f'official lists in {root}', settings)
     if how.instead and not itself:  # nothing is downloaded in between the lists
-        return from_file(how.instead, check_task, settings)
+        return replace(from_file(how.instead, check_task, settings), source=how.instead)
     raise InputError(f'{root}: no such folder; put images/, train800.txt, val200.txt and test.txt of {settings.task} '
                      'there (lines: FILE CLASS), or name the data folder with --data')
 
 
 def fgvc(settings):
     """Fine-grained classification with VPT's lists in fgvc/DIR/. Classes are those of train.json, in order."""
-    how = settings.pictures
-    root = Path(settings.machine.data) / 'fgvc' / how.dir
+    how, root = settings.pictures, Path(settings.machine.data, 'fgvc', settings.pictures.dir)
     images = root / how.images
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; put {settings.task} there, and VPT's train.json, val.json and "
@@ -321,8 +326,7 @@ def fgvc(settings):
 
 def read_list(path, folder, ids=range(10 ** 9), unknown=''):
     """Samples of a list: lines as `images/train800/000000.jpg 7`, or {"FILE": CLASS, ...} in JSON, files in the folder,
-    classes by their places in `ids`. Raises InputError, with the place in the list, for what is neither, a class that
-    is `unknown`, and a file that is named twice or lies outside of the folder; a link in it may lead there."""
+    classes by their places in `ids`. Raises InputError, with the place in the list, for anything else."""
     try:
         text = path.read_text(encoding='utf-8-sig').rstrip()
         if path.suffix == '.json':
@@ -376,16 +380,14 @@ LEFTOVER = re.compile(r'(^|[/\\])(\.|__|@eaDir|thumbs\.db$|desktop\.ini$)', re.I
 
 
 def folders(settings):
-    """Images of your own: train/CLASS/*, test/CLASS/* and val/CLASS/* or valid/CLASS/* in the data folder. Without
-    these, a fifth of train takes their place, always the same one."""
+    """Images of your own: train/CLASS/*, test/CLASS/*, val/CLASS/* or valid/CLASS/*, or else a fifth of train."""
     root = Path(settings.machine.data)
     notes = [f'images in {root}']
     train, classes = read_folder(root / 'train', notes)
     test, _ = read_folder(root / 'test', notes, classes)
     if settings.pictures.classes not in (0, len(classes)):
         raise InputError(f'{root / "train"}: {len(classes)} classes, and not {settings.pictures.classes}')
-    given = [path for path in (root / 'val', root / 'valid') if path.is_dir()]
-    if given:
+    if given := [path for path in (root / 'val', root / 'valid') if path.is_dir()]:
         val = [sample for path in given for sample in read_folder(path, notes, classes)[0]]
     else:
         train, val = draw(train, len(train) - len(train) // 5, len(train) // 5)
@@ -396,8 +398,8 @@ def folders(settings):
 
 
 def read_folder(path, notes, classes=None):
-    """Samples of a folder with a folder of images for each class, and the classes. With `classes`, ids are places in
-    these; another one raises InputError, without `classes` one that has no image. What is no image is noted."""
+    """Samples of a folder with a folder of images for each class, and the classes. Raises InputError for a class that
+    `classes` has not, or, without these, that has no image. What is no image is noted."""
     try:
         names = {entry.name: normalize('NFC', entry.name)  # macOS and others write é in two ways
                  for entry in os.scandir(path) if entry.is_dir() and not LEFTOVER.match(entry.name)}
@@ -424,8 +426,7 @@ def read_folder(path, notes, classes=None):
 
 def batches(pictures, settings, device, epoch=None, augment=centre):
     """Yield (images float [B, 3, H, W], normalised, labels [B, ...]) on the device. With an epoch: shuffled, and
-    augmented by random numbers of seed and epoch alone (two seeds below 4,294 never share any: torch takes 32 bits).
-    Without: in order, the middle of each picture."""
+    augmented by random numbers of seed and epoch alone. Without: in order, the middle of each picture."""
     loop, backbone = settings.loop, settings.backbone
     generator = torch.Generator().manual_seed(1_000_003 * loop.seed + (epoch or 0))
     order = range(len(pictures)) if epoch is None else torch.randperm(len(pictures), generator=generator).tolist()

@@ -215,16 +215,18 @@ class IVPT(nn.Module):
 def look(model, images):
     """What an IVPT, or another model whose layers stand in `vit.blocks` or `blocks`, does with images [B, 3, H, W].
 
-    A dict: `logits` [B, C]; `w` [B, L, M], the class token's attention over the image tokens in each layer (w̃ of
-    Eq. 14); `Omega` [B, L-1, k], the image tokens that top-k chose, or None; `P_hat` [L, N, D], the prompts that enter
-    the layers, or None. A backbone without a class token may have a `look(model, images)` of its own."""
+    A dict: `logits` [B, C]; `w` [B, L, M], the class token's attention to the image tokens in each layer (Eq. 14), and
+    `to_prompts` [B, L], all of it to the prompts; `Omega` [B, L-1, k], the image tokens that top-k chose, or None;
+    `P_hat` [L, N, D], the prompts that enter the layers, or None. A backbone may have a `look(model, images)`."""
     vit = getattr(model, 'vit', model)
     if hasattr(vit, 'look'):
         return vit.look(model, images)
     logits, rows = weights_of(model, vit.blocks, images)
     w = torch.stack([row[:, 1:1 + vit.M] for row in rows], dim=1)
     reinforced = getattr(model, 'reinforcement', '') == 'topk'
-    return {'logits': logits, 'w': w, 'Omega': model.choose(w[:, :-1], model.k) if reinforced else None,
+    to_prompts = torch.stack([row[:, 1 + vit.M:].sum(dim=1) for row in rows], dim=1)
+    return {'logits': logits, 'w': w, 'to_prompts': to_prompts,
+            'Omega': model.choose(w[:, :-1], model.k) if reinforced else None,
             'P_hat': model.prompts() if hasattr(model, 'prompts') else None}
 
 

@@ -6,11 +6,13 @@
 
 A task, a model and a method are entries of configs.yaml, or FILE.py:NAME. The settings are the fields of Backbone
 (vit.py), Prompts (ivpt.py), Pictures (data.py), Loop and Machine (here). A run writes into
-runs/TASK/MODEL/METHOD[,NAME=VALUE,...]/seedS/: log.jsonl (a line an epoch), params.pth (what was trained), result.json
-and the last checkpoint. The same command again goes on where it was interrupted, and does not repeat what is finished.
+runs/TASK/MODEL/METHOD[,NAME=VALUE,...]/seedS/: log.jsonl (a line an epoch), params.pth (what was trained),
+predictions.csv (its answers), result.json and the last checkpoint. The same command again goes on where it was
+interrupted, and does not repeat what is finished.
 """
 
 import argparse
+import csv
 import difflib
 import functools
 import hashlib
@@ -18,17 +20,20 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, make_dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args
 
+import numpy as np
 import torch
 import torchvision
 import yaml
@@ -92,7 +97,7 @@ def train(state, task, pictures, settings, compute):
     loop, augment = settings.loop, task.augments[settings.pictures.augment]
     steps = math.ceil(len(pictures) / loop.batch)  # in an epoch
     for epoch in range(len(records), loop.epochs):
-        torch.manual_seed(1_000_003 * loop.seed + epoch)
+        seed(1_000_003 * loop.seed + epoch)
         model.train()
         start, losses = time.perf_counter(), []
         batches = data.batches(pictures, settings, compute.device, epoch, augment)
@@ -107,6 +112,13 @@ def train(state, task, pictures, settings, compute):
             losses.append((loss.detach(), len(labels)))
             say(f'epoch {epoch + 1}, step {step + 1}/{steps}', live=True)
         yield record(epoch + 1, losses, optimizer, start)
+
+
+def seed(number):
+    """Start all random numbers anew: torch's, and those that a method in a file may draw."""
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
 
 
 def set_lr(optimizer, loop, step, steps):
@@ -209,9 +221,11 @@ def number_format(precision, device, D):
 def run(settings, again=False):
     """The result of one method on one task with one seed. What is finished is not run again, but with `again`."""
     folder, device = folder_of(settings), find_device(settings.machine.device)
+    seed(settings.loop.seed)
     task = data.load(settings)
     model, identity = make_model(settings, task)
-    compute = Compute(device, *number_format(settings.loop.precision, device, getattr(model, 'vit', model).D))
+    D = getattr(getattr(model, 'vit', model), 'D', 0)  # a method in a file may hide the backbone
+    compute = Compute(device, *number_format(settings.loop.precision, device, D))
     identity |= data.digest(task, settings.machine.data) | {'precision': compute.precision}
     about = {'settings': as_dict(settings), 'identity': identity, 'environment': environment(device)}
     result = read_result(folder)
@@ -229,18 +243,23 @@ def run(settings, again=False):
 def make_model(settings, task):
     """The backbone with its weights and what the method tunes, which alone requires a gradient; and what they were made
     of: the first digits of the SHA-256 of the backbone's weights without a head, and of files with code."""
-    torch.manual_seed(settings.loop.seed)
+    seed(settings.loop.seed)
     whole = settings.loop.tune in ('all', 'bias', 'head') and task.head is None
     backbone = make_backbone(settings, len(task.classes) if whole else 0)
     weights = [name.encode() + x.numpy().tobytes() for name, x in backbone.state_dict().items()
                if not name.startswith('head.')]
-    identity = {'backbone': digest(b''.join(weights))[:12]}
-    for where in settings.pictures.source, settings.loop.tune, settings.backbone.build:
-        if '.py:' in where:
-            name = f'code of {Path(where).name}'  # two files may have one name
-            identity[name] = identity.get(name, '') + digest(data.find(where).read_bytes())[:12]
+    identity = {'backbone': digest(b''.join(weights))[:12],
+                'pictures by': task.source or settings.pictures.source}
+    for where in filter(is_code, (identity['pictures by'], settings.loop.tune, settings.backbone.build)):
+        name = f'code of {Path(where).name}'  # two files may have one name
+        identity[name] = identity.get(name, '') + digest(data.find(where).read_bytes())[:12]
     model = tuned(backbone, len(task.classes), settings)
     return model if task.head is None else task.head(model, len(task.classes)), identity
+
+
+def is_code(where):
+    """Whether a setting is FILE.py:NAME."""
+    return '.py:' in where
 
 
 def make_backbone(settings, num_classes):
@@ -266,7 +285,7 @@ def tuned(backbone, num_classes, settings):
     tune = settings.loop.tune
     if tune == 'prompts':
         return getattr(backbone, 'IVPT', IVPT)(backbone, num_classes, settings.prompts)  # a Swin has its own
-    if '.py:' in tune:
+    if is_code(tune):
         return data.from_file(tune, check_module, backbone.requires_grad_(False), num_classes, settings)
     if tune == 'head':
         backbone.requires_grad_(False).head.requires_grad_(True)
@@ -277,9 +296,9 @@ def tuned(backbone, num_classes, settings):
 
 
 def check_module(model, *arguments):
-    """Raise TypeError for what is no module."""
+    """Raise InputError for what is no module."""
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f'returned a {type(model).__name__}, and not a module')
+        raise InputError(f'it returned a {type(model).__name__}, and not a module')
 
 
 def trained(model):
@@ -291,10 +310,13 @@ def trained(model):
 def fit(folder, model, task, settings, compute, about):
     """Train the model from where the folder's checkpoint leaves it, score it, and write and return the result."""
     loop = settings.loop
-    learn, score = data.learned_and_scored(task, settings, compute.device)
+    learn, score = sets(task, settings)
+    learn = data.in_memory(learn, settings.machine, compute.device)
+    score = data.in_memory(score, settings.machine, torch.device('cpu'))
     if hasattr(model, 'prepare'):  # a method's own: it gets the training pictures, in batches, before training
         model.prepare(data.batches(task.train, settings, compute.device))
     header(model, task, settings, compute, about)
+    rehearse(model, task, [learn[0]], settings, compute)
     scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == 'float16')
     state = State(model, make_optimizer(model, loop), scaler, [])
     resume(folder, state, about)
@@ -306,10 +328,13 @@ def fit(folder, model, task, settings, compute, about):
             left = timedelta(seconds=round(done['seconds'] * (loop.epochs - done['epoch'])))
             say('epoch {epoch:3d}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  {images_per_second:.0f} images/s  '
                 '{left} left'.format(**done, epochs=loop.epochs, left=left))
-        model.eval()
-        with torch.no_grad(), compute.autocast():
-            scores = task.score(model, score, settings, compute.device) | {'images': len(score)}
-        return finish(folder, state, task, scores, about)
+            if done['epoch'] > loop.warmup * loop.epochs and done['loss'] > guess_of(task):
+                say(f'          the loss is above that of a guess, {guess_of(task):.3g}: if it stays there, lower the '
+                    f'learning rate: --set lr={loop.lr / 4:g}')
+        rows = answers(model, task, score, settings, compute)
+        if len(rows) != len(score):
+            raise InputError(f'{settings.task}: its function gives {len(rows)} answers to {len(score)} pictures')
+        return finish(folder, state, task, with_names(rows, task, settings), about)
     except (FloatingPointError, KeyboardInterrupt) as stop:
         kept = f'{len(state.records)} of {loop.epochs} epochs are kept in {folder}'
         if isinstance(stop, KeyboardInterrupt):
@@ -317,24 +342,77 @@ def fit(folder, model, task, settings, compute, about):
         raise InputError(f'{stop}. {kept}. Lower the learning rate: --set lr={loop.lr / 4:g}') from None
 
 
-def finish(folder, state, task, scores, about):
-    """Write, print and return the result of a model as the last epoch left it."""
-    file, settings, last = io.BytesIO(), about['settings'], state.records[-1]['loss']
-    loop, guess = settings['loop'], task.guess or math.log(len(task.classes))
-    torch.save({name: x.to('cpu') for name, x in trained(state.model).items()}, file)
+@torch.no_grad()
+def rehearse(model, task, pictures, settings, compute):
+    """Let a model answer before it is trained: what is wrong with a method or a task in a file ends no run at its end.
+    Raises InputError."""
+    images, _ = next(data.batches(pictures, settings, compute.device))
+    with compute.autocast():
+        logits = model.eval()(images)
+    C = len(task.classes)
+    if task.loss is torch.nn.functional.cross_entropy and logits.shape != (len(images), C):
+        raise InputError(f'{settings.method}: its logits of {len(images)} images are {[*logits.shape]}, and not '
+                         f'{[len(images), C]}')
+    scores_of(task, as_csv(answers(model, task, pictures, settings, compute)))
+
+
+@torch.no_grad()
+def answers(model, task, pictures, settings, compute):
+    """What a model answers to pictures of its task: a dict for each."""
+    model.eval()
+    with compute.autocast():
+        return task.answers(model, pictures, settings, compute.device)
+
+
+def guess_of(task):
+    """The loss of a guess: ln C, or what the task says."""
+    return task.guess or math.log(len(task.classes))
+
+
+def sets(task, settings):
+    """The pictures to train on and those to score. Raises InputError if there are none."""
+    test = settings.loop.score_on == 'test'
+    learn, score = (task.train + task.val, task.test) if test else (task.train, task.val)
+    if not len(learn) or not len(score):
+        raise InputError(f'{len(learn)} images to train on and {len(score)} of {settings.loop.score_on} to score: look '
+                         'at n_train and n_val, and at the lists of the data set')
+    return learn, score
+
+
+def with_names(rows, task, settings):
+    """The rows of predictions.csv: before each answer the picture's name."""
+    _, pictures = sets(task, settings)
+    names = [data.identity(x, settings.machine.data)[0] for x, _ in getattr(pictures, 'samples', pictures)]
+    return [{'picture': name, **row} for name, row in zip(names, rows)]
+
+
+def finish(folder, state, task, rows, about):
+    """Write, print and return the result of a model as the last epoch left it, by its answers."""
+    settings, last = about['settings'], state.records[-1]['loss']
+    loop, guess = settings['loop'], guess_of(task)
+    params = io.BytesIO()
+    torch.save({name: x.to('cpu') for name, x in trained(state.model).items()}, params)
+    files = {'params': params.getvalue(), 'predictions': as_csv(rows)}
     result = {**{name: settings[name] for name in ('task', 'model', 'method')}, 'seed': loop['seed'],
-              'score_on': loop['score_on'], 'measure': task.measure, **scores,
+              'score_on': loop['score_on'], 'measure': task.measure, **scores_of(task, files['predictions']),
+              'images': len(rows),
               'trained_parameters': count(state.model), 'final_loss': last,
               'seconds': sum(record['seconds'] for record in state.records), 'classes': task.classes, **about,
-              'params_digest': digest(file.getvalue())}
-    write(folder / 'params.pth', file.getvalue())
-    write(folder / 'result.json', (json.dumps(result, indent=1) + '\n').encode())
+              **{f'{name}_digest': digest(content) for name, content in files.items()}}
+    write(folder / 'params.pth', files['params'])
+    write(folder / 'predictions.csv', files['predictions'])
+    write(folder / 'result.json', (json.dumps(signed(result), indent=1) + '\n').encode())
     say(f'{loop["score_on"]} {task.measure} after the last epoch: {100 * result["accuracy"]:.2f}% of '
-        f'{scores["images"]} images{is_random(settings)}. {folder}\n')
+        f'{len(rows)} images{is_random(settings)}. {folder}\n')
     if last > guess:
         say(f'{folder} has learned nothing: its last loss, {last:.3g}, is above that of a guess, {guess:.3g}. Lower '
             f'the learning rate: --set lr={loop["lr"] / 4:g}')
     return result
+
+
+def scores_of(task, content):
+    """The scores of predictions.csv, as numbers by name."""
+    return {name: float(x) for name, x in task.score(from_csv(content)).items()}
 
 
 def count(model):
@@ -475,10 +553,31 @@ def same(old, about, folder):
 
 
 def read_result(folder):
-    """The result in a folder; None if there is none, it is damaged, or params.pth is not what it was measured with."""
-    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+    """The result in a folder; None if there is none, or one of its files is not as the run wrote it."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         result = json.loads((folder / 'result.json').read_bytes())
-        return result if result['params_digest'] == digest((folder / 'params.pth').read_bytes()) else None
+        own = {name: x for name, x in result.items() if name != 'digest'}
+        found = [digest((folder / name).read_bytes()) for name in ('params.pth', 'predictions.csv')]
+        return own if signed(own) == result and found == [own['params_digest'], own['predictions_digest']] else None
+
+
+def signed(result):
+    """A result with the digest of all that it says, by which a change of it is seen."""
+    return result | {'digest': digest(json.dumps(result).encode())}
+
+
+def as_csv(rows):
+    """A table of CSV, as bytes, of dicts."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0], lineterminator='\n')
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue().encode(errors='backslashreplace')  # not every file's name is UTF-8
+
+
+def from_csv(content):
+    """The rows of a table of CSV as dicts of texts."""
+    return list(csv.DictReader(io.StringIO(content.decode(), newline='')))
 
 
 # ---- Settings -------------------------------------------------------------------------------------------
@@ -487,7 +586,7 @@ GROUPS = {'backbone': Backbone, 'prompts': Prompts, 'pictures': Pictures, 'loop'
 TYPES = {x.name: x.type for group in GROUPS.values() for x in fields(group)}  # of each setting, with its range
 DEFAULTS = {x.name: x.default for group in GROUPS.values() for x in fields(group)}
 DOORS = {'models': 'build', 'tasks': 'source', 'methods': 'tune'}  # the setting that FILE.py:NAME stands for
-OTHERS = ('model', 'method', 'grid')  # what an entry may say beside settings; grid: what a search tries
+OTHERS = ('model', 'method', 'grid', 'per_task')  # what an entry may say beside settings; see configs.yaml
 UNNAMED = {'seed', *(x.name for x in fields(Machine))}  # they give a run's folder no name
 KINDS = {int: 'a whole number', float: 'a number', tuple: 'three numbers', bool: 'true or false', str: 'a word',
          list: 'a list'}
@@ -518,8 +617,8 @@ def settings_of(configs, task, model=None, method=None, changes=None):
     method = method or of_task.get('method', 'ivpt')
     types, values = dict(TYPES), dict(DEFAULTS)
     for section, name in ('models', model), ('tasks', task), ('methods', method):
-        layer = {key: x for key, x in entry(configs, section, name).items() if key not in OTHERS}
-        if '.py:' in str(layer.get(DOORS[section])):  # its function in a file has settings of its own
+        layer = {key: x for key, x in entry(configs, section, name, task).items() if key not in OTHERS}
+        if is_code(str(layer.get(DOORS[section]))):  # its function in a file has settings of its own
             types |= {key: type(x) for key, x in layer.items() if key not in TYPES}
         values |= {key: checked(key, x, types, f'{section}: {name}') for key, x in layer.items()}
     changes = {key: checked(key, x, types, '--set') for key, x in (changes or {}).items()}
@@ -545,12 +644,13 @@ def pixels_of(model, build):
     raise InputError(f'{model}: its name has no image size: --set img_size=PIXELS')
 
 
-def entry(configs, section, name):
-    """An entry of configs.yaml by name. FILE.py:NAME needs none, nor does a model whose name says nothing of the
-    pre-training."""
+def entry(configs, section, name, task=''):
+    """An entry of configs.yaml by name, with what it says of a task. FILE.py:NAME needs none, nor does a model whose
+    name says nothing of the pre-training."""
     if name in configs[section]:
-        return configs[section][name]
-    if '.py:' in name:
+        found = configs[section][name]
+        return found | found.get('per_task', {}).get(task, {})
+    if is_code(name):
         return {DOORS[section]: name}
     if section == 'models' and '.' not in name:
         return {}
@@ -591,7 +691,7 @@ def checked(name, value, types, where):
 def fits(value, rule):
     """Whether a value is one of some words, or between two numbers (of a tuple: each of three). No rule: any."""
     if type(value) is str:
-        return not rule or value in rule or ('FILE.py:NAME' in rule and '.py:' in value)
+        return not rule or value in rule or ('FILE.py:NAME' in rule and is_code(value))
     numbers = value if type(value) is tuple else (value,)
     three = type(value) is not tuple or len(value) == 3
     return not rule or three and all(type(x) in (int, float) and rule[0] <= x <= rule[1] for x in numbers)
@@ -610,8 +710,13 @@ def read_configs():
     configs = read_yaml((HERE / 'configs.yaml').read_bytes(), 'configs.yaml')
     for section, kind in {**dict.fromkeys(DOORS, dict), 'groups': list}.items():
         entries = configs.get(section) if isinstance(configs, dict) else None
-        if not isinstance(entries, dict) or not all(isinstance(x, kind) for x in entries.values()):
-            raise InputError(f'configs.yaml: {section} is missing, or one of its entries is no {kind.__name__}')
+        if not isinstance(entries, dict):
+            raise InputError(f'configs.yaml: {section} is missing, or has no entries by name')
+        for name, x in entries.items():
+            words = [x.get(key, "") for key in ("model", "method")] if isinstance(x, dict) else []
+            if not isinstance(x, kind) or not all(isinstance(word, str) for word in words):
+                raise InputError(f'configs.yaml: {section}: {name} is {repr(x)[:100]}, and not a {kind.__name__} of '
+                                 'settings, with words for model and method, or of names')
     return configs
 
 
@@ -623,6 +728,7 @@ def parser(doc):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = refuse
+    parser.register('action', None, Once)
     parser.add_argument('--task', help='an entry of tasks or groups in configs.yaml, or FILE.py:NAME, or several: A,B')
     parser.add_argument('--method', help='an entry of methods, or FILE.py:NAME, or several')
     parser.add_argument('--model', help='an entry of models, a name such as vit_small_patch14_224, or several')
@@ -633,6 +739,15 @@ def parser(doc):
     return parser
 
 
+class Once(argparse.Action):
+    """An option with a value that is given once: of two, argparse would drop the first in silence."""
+
+    def __call__(self, parser, namespace, values, option=None):
+        if option in vars(namespace):
+            raise InputError(f'{option} is given twice: write {option} A,B')
+        vars(namespace).update({self.dest: values, option: True})
+
+
 def refuse(message):
     """What argparse does with an error of its own: one line, as all others."""
     raise InputError(f'{message}; a setting is changed by --set NAME=VALUE, and --help lists the options')
@@ -641,17 +756,21 @@ def refuse(message):
 def runs_of(args, configs):
     """The settings of all runs that a command line names."""
     changes, runs = changed(args), []
-    for task in dict.fromkeys(tasks_of(configs, named(args.task or 'where_blue'))):
+    for task in dict.fromkeys(tasks_of(configs, named(args.task or 'where_red'))):
         methods = args.method or str(entry(configs, 'tasks', task).get('method', 'ivpt'))
         runs += [settings_of(configs, task, model, method, changes | {'seed': seed})
                  for model in named(args.model) or [None] for seed in named(args.seed) for method in named(methods)]
     return runs
 
 
-def tasks_of(configs, names):
-    """The tasks that names of tasks and groups stand for."""
-    groups = configs['groups']
-    return [task for name in names for task in (tasks_of(configs, groups[name]) if name in groups else [name])]
+def tasks_of(configs, names, inside=()):
+    """The tasks that names of tasks and groups stand for. inside: the groups that have these. Raises InputError."""
+    tasks, groups = [], configs['groups']
+    for name in names:
+        if name in inside:
+            raise InputError(f'configs.yaml: the group {name} has itself among its members')
+        tasks += tasks_of(configs, groups[name], (*inside, name)) if name in groups else [name]
+    return tasks
 
 
 def changed(args):
@@ -659,6 +778,9 @@ def changed(args):
     given = [change.partition('=') for change in args.set]
     given += [(name, '=', getattr(args, name)) for name in ('weights', 'data') if getattr(args, name) is not None]
     changes = {name: os.path.expanduser(value) for name, _, value in given}
+    names = [name for name, *_ in given]
+    if twice := [name for name in changes if names.count(name) > 1]:
+        raise InputError(f'--set {twice[0]}: it is given twice; give it once')
     for name in changes.keys() & {'task', 'method', 'model', 'seed'}:
         raise InputError(f'--set {name}={changes[name]}: write --{name} {changes[name]}')
     if 'data' in changes and not os.path.isdir(changes['data']):
@@ -682,10 +804,24 @@ def attempt(said, work, *arguments):
     """What a work makes of its arguments; None if something is wrong with them, which is said if it was not `said`."""
     try:
         return work(*arguments)
-    except (InputError, torch.OutOfMemoryError) as error:
-        if str(error) not in said:
-            complain(error)
-        said.add(str(error))
+    except Exception as error:
+        if isinstance(error, OSError) and not own_place(error):
+            raise  # a full disk is the end of all
+        if (line := the_users(error)) not in said:
+            complain(line)
+        said.add(line)
+
+
+def the_users(error):
+    """The line for an error that the user can mend. Raises it again if it is one of this program."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return ('the GPU has too little memory: --set batch=8 takes smaller batches, --set cache_gb=0 leaves the '
+                'pictures in their files; --again starts a run over')
+    if not isinstance(error, InputError) and (place := own_place(error)):
+        return f'{place}: {type(error).__name__}: {error}'
+    if isinstance(error, (InputError, FloatingPointError, OSError, SyntaxError)):  # they name file or place
+        return str(error)
+    raise error
 
 
 def say_results(results):
@@ -697,11 +833,15 @@ def say_results(results):
             + is_random(result['settings']))
 
 
+def own_place(error):
+    """FILE, line N: the last place in files of code that came in that an exception went through; '' if in none."""
+    places = [f'{data.LOADED[frame.filename]}, line {frame.lineno}'
+              for frame in traceback.extract_tb(error.__traceback__) if frame.filename in data.LOADED]
+    return places[-1] if places else ''
+
+
 def complain(what):
     """One line for the user."""
-    if isinstance(what, torch.OutOfMemoryError):
-        what = ('the GPU has too little memory: --set batch=8 takes smaller batches, --set cache_gb=0 leaves the '
-                'pictures in their files; --again starts a run over')
     line = ''.join(c if c.isprintable() else '?' for c in ' '.join(str(what).split()))
     print(f'error: {line}', file=sys.stderr, flush=True)
 
@@ -712,12 +852,12 @@ def program(work):
     def main(argv=None):
         try:
             return work(argv)
-        except (InputError, OSError, torch.OutOfMemoryError) as error:  # an OSError names its file
-            complain(error)
-            return 2
         except KeyboardInterrupt as stop:
             complain(str(stop) or 'stopped; what is finished is kept')
             return 130
+        except Exception as error:
+            complain(the_users(error))
+            return 2
     return main
 
 

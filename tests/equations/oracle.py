@@ -134,20 +134,22 @@ def reinforce(Z, Omega, P_re):
 
 
 def ivpt(model, images):
-    """The whole model: its logits, and of every layer the saliency w [B, M] and, where AR acts, Omega."""
+    """The whole model: its logits, and of every layer the saliency w [B, M], the class token's attention to all
+    prompts [B] and, where AR acts, Omega."""
     P_hat = prompts(model.structure, model.P, model.gamma)
     x = embed(model.vit, images)
     z_cls, Z = x[:, :1], x[:, 1:]
-    w, Omega = [], []
+    w, to_prompts, Omega = [], [], []
     for l, block in enumerate(model.vit.blocks):
         z_cls, Z, row = eq_3(block, z_cls, P_hat[l], Z)
         w.append(row.mean(dim=1)[:, 1 + model.P.shape[1]:])
+        to_prompts.append(row.mean(dim=1)[:, 1:1 + model.P.shape[1]].sum(dim=1))
         if model.P_re is not None and l < len(P_hat) - 1:
             everywhere = [list(range(Z.shape[1]))] * len(Z)
             Omega.append(everywhere if model.reinforcement == 'all' else top_k(w[l], model.k))
             Z = reinforce(Z, Omega[l], model.P_re[l])
     logits = read(model.vit, z_cls, Z) @ model.head.weight.T + model.head.bias
-    return SimpleNamespace(logits=logits, w=w, Omega=Omega, P_hat=torch.stack(P_hat))
+    return SimpleNamespace(logits=logits, w=w, to_prompts=to_prompts, Omega=Omega, P_hat=torch.stack(P_hat))
 
 
 # ---- Comparing ------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ def test_what_is_seen_is_what_the_literal_form_computes(method, case):
     seen, expected = look(model, images), oracle.ivpt(model, images)
     close(seen['logits'], expected.logits.detach())
     close(seen['w'], torch.stack(expected.w, dim=1).detach())
+    close(seen['to_prompts'], torch.stack(expected.to_prompts, dim=1).detach())
     close(seen['P_hat'], expected.P_hat.detach())
     close(seen['P_hat'], torch.stack([P for _, P in oracle.watch(model, images)[0]]).detach())
     assert (seen['Omega'] is not None) == (how['reinforcement'] == 'topk')

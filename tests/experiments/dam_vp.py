@@ -154,7 +154,9 @@ def main(argv):
     options = train.parser(__doc__)
     options.add_argument('--on', metavar='A,B,C', required=True, help='the tasks that it is learned on')
     args = options.parse_args(argv)
-    args.task, args.method, args.set = args.on, 'dam_vp', REPTILE + args.set
+    given = {word.partition('=')[0] for word in args.set}
+    args.set += [word for word in REPTILE if word.partition('=')[0] not in given]
+    args.task, args.method = args.on, 'dam_vp'
     runs = train.runs_of(args, train.read_configs())
     for seed in dict.fromkeys(settings.loop.seed for settings in runs):
         learn_start([settings for settings in runs if settings.loop.seed == seed])

@@ -1,6 +1,7 @@
 """A finished run, chosen by the command line and opened again, for the programs that look at what was trained."""
 
 import json
+import math
 from contextlib import suppress
 from dataclasses import fields, make_dataclass, replace
 from typing import NamedTuple, get_args
@@ -10,6 +11,8 @@ import train
 import vit
 from sweep import labelled, take_grid
 from vit import InputError
+
+FIRST = 64  # pictures that a run which is opened again has to answer as it did
 
 
 class Run(NamedTuple):
@@ -39,32 +42,64 @@ def chosen(args):
 def open_run(settings, given=(), photos=False):
     """The finished run in the folder of some settings. What made it are its own settings, whatever these say.
 
-    given: the names of the machine's settings that count as they are here, if data or weights have moved. photos: no
-    picture of the task is needed. Raises InputError if there is no such run, if what it was made of is not there any
-    more, and for a function in a file that the settings do not name."""
+    given: the names of the machine's settings that count as they are here, if data or weights have moved. photos: the
+    pictures of the task need not be there. Raises InputError if there is no such run, if what it was made of is not
+    there any more, if it does not answer as it did, and for a function in a file that the settings do not name."""
     folder = train.folder_of(settings)
     result = train.read_result(folder)
     if not result:
-        raise InputError(f'{folder}: no finished run; it has result.json and the params.pth that this was measured '
-                         'with. Train it first')
+        raise InputError(f'{folder}: no finished run, with result.json, predictions.csv and params.pth as they were '
+                         'written. Train it first')
     own = stored(folder, result)
     check_code(folder, own, settings)
     here = {name: getattr(settings.machine, name) for name in {*given, 'device'} & {*vars(settings.machine)}}
     own = replace(own, machine=replace(own.machine, **here))
     device = train.find_device(own.machine.device)
-    if photos and '.py:' not in own.pictures.source:
-        task, pictures = data.Task([], [], [], result['classes']), {}
-    else:
+    train.seed(own.loop.seed)
+    try:
         task = data.load(own)
         pictures = data.digest(task, own.machine.data)
+    except InputError:
+        if not photos or '.py:' in own.pictures.source:
+            raise
+        task, pictures = data.Task([], [], [], result['classes']), {}
     model, identity = model_of(own, task)
     if changed := train.differences({name: result['identity'].get(name) for name in identity | pictures},
                                     identity | pictures):
         raise InputError(f'{folder} was made with another backbone, other pictures or other code: {changed}. Name the '
                          'file of its weights with --weights, the folder of its pictures with --data')
     model.load_state_dict(vit.read_state_dict(folder / 'params.pth'), strict=False)
-    precision = result['identity']['precision']
-    return Run(own, task, model.to(device).eval(), train.Compute(device, precision, 'as it was trained'), result)
+    compute = train.Compute(device, result['identity']['precision'], 'as it was trained')
+    run = Run(own, task, model.to(device).eval(), compute, result)
+    check_answers(run, folder)
+    return run
+
+
+def check_answers(run, folder):
+    """Raise InputError if a run that is opened again does not answer its first pictures as it did: to the bit on the
+    same device with the same versions; else with the same score, but for two of them, which is said."""
+    settings, task = run.settings, run.task
+    _, pictures = train.sets(task, settings) if task.test else ([], [])
+    n = min(len(pictures), settings.loop.batch * math.ceil(FIRST / settings.loop.batch))  # whole batches: the same bits
+    if not n:
+        return train.say(f'{folder}: its pictures are not here, and its answers are not compared with those it gave')
+    found = train.answers(run.model, task, [pictures[i] for i in range(n)], settings, run.compute)
+    found = train.from_csv(train.as_csv(found))
+    kept = [{name: row[name] for name in found[0]} for row in read_answers(folder)[:n]]
+    if found == kept:
+        return None
+    scores = [task.score(rows)['accuracy'] for rows in (kept, found)]
+    changed = train.differences(run.result['environment'], train.environment(run.compute.device))
+    words = f'{100 * scores[1]:.2f}% of its first {n} pictures, and {100 * scores[0]:.2f}% when it was made'
+    if not changed or abs(scores[0] - scores[1]) > 2 / n:
+        raise InputError(f'{folder}: it answers otherwise than it did: {words}. Something that it is made of is not in '
+                         'params.pth or has changed: code that its file imports, an attribute that is no buffer')
+    train.say(f'{folder}: opened with {changed}, it has {words}')
+
+
+def read_answers(folder):
+    """The rows of predictions.csv of a finished run, as texts by name."""
+    return train.from_csv((folder / 'predictions.csv').read_bytes())
 
 
 def read(path):

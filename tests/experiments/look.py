@@ -1,23 +1,25 @@
 """Figure 7: where the class token of finished runs looks in each layer, and what AR reinforces after it. Of runs on
 masks: the class that they give each pixel.
 
-    python tests/experiments/look.py --method vpt,ivpt                      four test pictures
+    python tests/experiments/look.py --method linear,vpt,ivpt               four test pictures; linear: the frozen ViT
     python tests/experiments/look.py --task pets --image cat.jpg DIR        photos, or all in a folder
 
-The picture lies in the folder that the runs share. Of photos the first 16 are drawn; the answers for all of them are in
-answers.csv in each run's folder.
+The picture lies in the folder that the runs share. A tile has the picture in grey under the attention to its patches,
+relative to the largest in the layer, and the part of all attention that goes to the prompts. Of photos the first 16 are
+drawn; the answers for all of them are in answers.csv in each run's folder.
 """
 
 import csv
 import io
 import os
 import sys
+from itertools import count
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.datasets.folder import is_image_file
-from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -53,8 +55,16 @@ def main(argv):
     what = ['masks' if masked else 'attention', *(Path(name).stem for name in args.image)]
     path = picture_of(','.join(what)[:200], chosen)
     picture = side_by_side(drawn, chosen) if masked else stacked(drawn)
-    save(to_pil_image(picture), path)
+    save(to_pil_image(picture), unused(path))
     return 0
+
+
+def unused(path):
+    """The path, with a number behind its name if there is such a file: no picture overwrites an earlier one."""
+    for i in count(2):
+        if not path.exists():
+            return path
+        path = path.with_stem(f'{path.stem.removesuffix(f"-{i - 1}")}-{i}')
 
 
 def photos(names):
@@ -114,7 +124,7 @@ def stacked(drawn):
         raise InputError('runs of models with different numbers of layers do not fit one picture: look at them apart')
     row = rows[0][-1]
     head = caption(['image'] + [f'layer {l}' for l in range(row.shape[2] // (TILE + 2) - 1)], row)
-    return torch.cat([head] + [strip for _, *strips in rows for strip in strips], dim=1)
+    return torch.cat([head] + [strip for _, *strips in rows for strip in strips] + [legend(row)], dim=1)
 
 
 def tiles(image, seen, backbone):
@@ -122,26 +132,50 @@ def tiles(image, seen, backbone):
     mean, std = (torch.tensor(x, device=image.device).view(3, 1, 1) for x in (backbone.mean, backbone.std))
     picture = ((image[0] * std + mean) * 255).round().clip(0, 255).to('cpu', torch.uint8)
     row, w, Omega = [resize(picture, [TILE, TILE])], seen['w'], seen['Omega']
+    shares = iter(seen['to_prompts'][0].tolist() if seen.get('to_prompts') is not None else [])
     stages = w if isinstance(w, list) else [w]  # a backbone may have several
     for w, Omega in zip(stages, Omega if isinstance(Omega, list) else [Omega] * len(stages)):
         for l, w_l in enumerate(w[0].float().cpu()):
             reinforced = [] if Omega is None or l == Omega.shape[1] else Omega[0, l].tolist()
-            row.append(heat_map(row[0], w_l, reinforced))
+            share = next(shares, 0)
+            row.append(labelled(heat_map(row[0], w_l, reinforced), f'prompts {share:.0%}' if share else ''))
     return make_grid(torch.stack(row), nrow=len(row), padding=2, pad_value=255)
 
 
+def labelled(tile, words):
+    """A tile, uint8 [3, TILE, TILE], with words on black in its lower left corner, if there are any."""
+    if not words:
+        return tile
+    image, font = to_pil_image(tile), ImageFont.load_default(12)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, TILE - 15, 4 + font.getlength(words), TILE), fill='black')
+    draw.text((2, TILE - 15), words, fill='white', font=font)
+    return pil_to_tensor(image)
+
+
 def heat_map(picture, w, reinforced=()):
-    """Attention w [M], relative to its largest, as heat over a picture, uint8 [3, TILE, TILE], from black over
-    red and yellow to white; the patches whose numbers are in `reinforced` are outlined."""
+    """Attention w [M], relative to its largest, as heat over a picture, uint8 [3, TILE, TILE], in grey; the patches
+    whose numbers are in `reinforced` are outlined."""
     side = round(len(w) ** 0.5)
     w = resize((w / w.max()).view(1, side, side), [TILE, TILE], InterpolationMode.NEAREST)
-    heat = torch.cat([(3 * w - i).clip(0, 1) for i in range(3)])  # [3, TILE, TILE]
-    drawn = (0.4 * picture + 0.6 * 255 * heat).to(torch.uint8)
+    drawn = (0.4 * rgb_to_grayscale(picture, 3) + 0.6 * 255 * heat(w)).to(torch.uint8)
     patch, boxes = TILE / side, []
     for i in reinforced:
         row, column = divmod(i, side)
         boxes.append([column * patch, row * patch, (column + 1) * patch - 1, (row + 1) * patch - 1])
     return draw_bounding_boxes(drawn, torch.tensor(boxes), colors='cyan', width=2) if boxes else drawn
+
+
+def heat(w):
+    """Colours [3, H, W] of weights [1, H, W] from 0 to 1: from black over red and yellow to white."""
+    return torch.cat([(3 * w - i).clip(0, 1) for i in range(3)])
+
+
+def legend(row):
+    """A strip below rows, as wide as a row: the colours of heat and what they and the frames mean, uint8 [3, 18, W]."""
+    strip = caption(['no attention', '', 'the largest of the layer; cyan: the tokens that AR reinforces after it'], row)
+    strip[:, 2:16, TILE:2 * TILE] = (255 * heat(torch.linspace(0, 1, TILE).expand(1, 14, TILE))).to(torch.uint8)
+    return strip
 
 
 def caption(words, row):

@@ -45,9 +45,9 @@ def proportions(text):
     """The numbers from 0 to 1 of --rates."""
     with suppress(ValueError):
         rates = [float(rate) for rate in text.split(',')]
-        if all(0 <= rate <= 1 for rate in rates):
+        if all(0 <= rate <= 1 for rate in rates) and len({f'{rate:g}' for rate in rates}) == len(rates):
             return rates
-    raise InputError(f'--rates takes proportions from 0 to 1, as 0,0.1,0.2, not {text!r}')
+    raise InputError(f'--rates takes proportions from 0 to 1, each once, as 0,0.1,0.2, not {text!r}')
 
 
 def with_noise(settings, rates, given):
@@ -73,7 +73,8 @@ def accuracy(run, rate):
         return run.model(mixed(images, rate, generator))
 
     with run.compute.autocast():
-        return run.task.score(noisy, run.task.test, run.settings, run.compute.device)['accuracy']
+        rows = run.task.answers(noisy, run.task.test, run.settings, run.compute.device)
+    return run.task.score(rows)['accuracy']
 
 
 def mixed(images, rate, generator):

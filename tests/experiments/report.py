@@ -1,25 +1,29 @@
 """Tables of what has been run, in Markdown and the layout of Table 10, with the paper's numbers beside them.
 
     python tests/experiments/report.py                              all that is in runs/
-    python tests/experiments/report.py --task natural --method vpt,ivpt
+    python tests/experiments/report.py --task natural --method vpt,ivpt --against vpt
     python tests/experiments/report.py --task pets --set lr=0.5     the runs with this rate
+    python tests/experiments/report.py --task pets --method ivpt --classes
 
-A row is a run's folder, METHOD[,NAME=VALUE,...], with mean ± standard deviation over its seeds. A group is the mean of
-its tasks, and empty as long as one is missing. The paper's number stands below, where it has one for just this
-backbone, image size, N and k. Below a table stands what its runs differ in.
+A row is a run's folder, METHOD[,NAME=VALUE,...], with mean ± standard deviation over its seeds, and their number where
+it is not the row's. A group is the mean of its tasks, and empty as long as one is missing. The paper's number stands
+below where the runs are the paper's experiment: its pictures, weights, epochs, image size, prompts. Where they are not,
+a line below the table says why. Accuracies are read from predictions.csv.
 """
 
 import sys
 from argparse import Namespace
-from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import data
 import train
+from answers import say_against, say_classes
 from curves import markdown, spread
-from finished import read
+from finished import read, read_answers
+from published import beside, read_published, say_reasons
 from train import say
 from vit import InputError
 
@@ -29,44 +33,63 @@ def main(argv):
     """Print the tables that a command line asks for. Returns the exit status."""
     options = train.parser(__doc__)
     options.set_defaults(seed='')
+    options.add_argument('--against', metavar='METHOD', help='the differences to a method, picture by picture')
+    options.add_argument('--classes', action='store_true', help='accuracy by class and confusions, of one task')
     args, configs = options.parse_args(argv), train.read_configs()
     runs = train.runs_of(Namespace(**vars(args) | {'seed': args.seed or '0'}), configs)
     tasks = args.task and train.tasks_of(configs, train.named(args.task))
     seeds = args.seed and {settings.loop.seed for settings in runs}
-    wanted = {'task': tasks, 'model': train.named(args.model), 'method': train.named(args.method), 'seed': seeds}
+    methods = train.named(args.method)
+    wanted = {'task': tasks, 'model': train.named(args.model), 'seed': seeds,
+              'method': methods and [*methods, args.against]}
     changes = {name: text for name, text in train.changed(args).items() if name not in train.UNNAMED}
     results = collect(Path(runs[0].machine.runs), wanted, changes)
-    report(configs, results, train.named(args.task), train.named(args.method))
+    report(configs, results, train.named(args.task), methods)
+    if args.against:
+        say_against(results, args.against)
+    if args.classes:
+        say_classes(results)
     return 0
 
 
-# ---- Tables ---------------------------------------------------------------------------------------------
+# ---- Results --------------------------------------------------------------------------------------------
 
 
-def collect(folder, wanted=None, changes=None):
-    """The test results below a folder by (model, task, name of the run, seed). A result counts as what it says of
-    itself, wherever it lies; a run that was set aside does not count.
+def collect(folder, wanted, changes):
+    """The test results below a folder by (model, task, name of the run, seed), each with its `rows`, those of
+    predictions.csv. A result counts as what it says of itself, wherever it lies; a run that was set aside does not.
 
-    wanted: of task, model, method and seed which ones; without any, all. changes: only runs with these settings."""
+    wanted: of task, model, method and seed which ones; of none, all. changes: only runs with these settings. Raises
+    InputError for a result that is not as its run wrote it, and if there is none."""
     results = {}
     for path in sorted(folder.rglob('result.json')):
         if any(part.endswith('.before') for part in path.parts):
             continue
         result = read(path)
-        if 'settings' not in result:
-            raise InputError(f'{path} is damaged; give the command of its run again')
-        if not all(not names or result[name] in names for name, names in (wanted or {}).items()):
-            continue
-        if result['score_on'] != 'test' or not has(result, changes or {}):
-            continue
-        key = result['model'], result['task'], name_of(result), result['seed']
-        if key in results:
-            raise InputError(f'{path}: there are two results of {", ".join(map(str, key))}; move one away')
-        results[key] = result
+        if all(not names or result.get(name) in names for name, names in wanted.items()):
+            result = whole(path)
+            key = result['model'], result['task'], name_of(result), result['seed']
+            if result['score_on'] != 'test' or not has(result, changes):
+                continue
+            if key in results:
+                raise InputError(f'{path}: there are two results of {", ".join(map(str, key))}; move one away')
+            results[key] = result
     if not results:
         raise InputError(f'{folder}: no finished run of what is named; train it first, or name the folder with '
                          '--set runs=DIR')
     return results
+
+
+def whole(path):
+    """The result in a file, with its rows and their accuracy. Raises InputError if it is not as it was written."""
+    result = train.read_result(path.parent)
+    if not result:
+        raise InputError(f'{path}: it, predictions.csv or params.pth beside it is not as the run wrote it; give the '
+                         'command of its run again')
+    result['rows'] = read_answers(path.parent)
+    if result['measure'] == 'accuracy':
+        result |= data.accuracy(result['rows'])
+    return result
 
 
 def has(result, changes):
@@ -81,6 +104,9 @@ def name_of(result):
     return train.name_of(SimpleNamespace(**result['settings']))
 
 
+# ---- Tables ---------------------------------------------------------------------------------------------
+
+
 def report(configs, results, names=(), methods=()):
     """Print a table for each backbone. names: of tasks and groups; methods: rows; without any, all that there are."""
     paper, backbones = read_published(), {}
@@ -92,6 +118,7 @@ def report(configs, results, names=(), methods=()):
         known = [name for name in configs['tasks'] if name in tasks]
         shown = columns(configs, names or known + sorted(tasks - {*known}))
         table(configs, paper, mine, shown, rows(configs, mine, methods))
+        say_reasons(configs, paper, mine.values())
         for task in shown:
             say_differences(task, [result for (name, *_), result in mine.items() if name == task])
 
@@ -125,9 +152,9 @@ def table(configs, paper, results, shown, names):
         ours = [[x for seed in seeds if (x := value(configs, mine, (column, name, seed), key)) is not None]
                 for column, key in shown]
         size = f'{fmean(result["trained_parameters"] for result in mine.values()) / 1e6:.3f}M' if mine else ''
-        say(markdown(f'`{name}`', size, map(spread, ours)))
-        theirs = [beside(configs, paper, mine.values(), column + '_ms' * (key != 'accuracy')) for column, key in shown]
-        count = beside(configs, paper, mine.values(), 'params')
+        cells = [spread(x) + (f', {len(x)} of {len(seeds)} seeds' if 0 < len(x) < len(seeds) else '') for x in ours]
+        say(markdown(f'`{name}`', size, cells))
+        count, theirs = beside(configs, paper, mine, shown)
         if count or any(theirs):
             say(markdown('the paper', f'{count:.2f}M' if count else '', [x or '' for x in theirs]))
             more = [f'{100 * fmean(x) - y:+.1f}' if x and y else '' for x, y in zip(ours, theirs)]
@@ -161,37 +188,6 @@ def say_differences(task, results):
         if len(found) > 1:
             words = [f'{x} for {"/".join(dict.fromkeys(runs))}' for x, runs in found.items()]
             say(f'{task}: {name} is ' + ', '.join(words))
-
-
-# ---- The paper's numbers --------------------------------------------------------------------------------
-
-
-def read_published():
-    """published.yaml."""
-    path = Path(__file__).with_name('published.yaml')
-    return train.read_yaml(path.read_text(encoding='utf-8'), path.name)
-
-
-def published(configs, paper, settings, column):
-    """The paper's accuracy, in %, of a task or group, or its count of `params`, in M, for just the backbone, image
-    size, method, N and k of a run's settings, as JSON keeps them; None if it has none. A file by another name is not
-    known to be that backbone."""
-    with suppress(InputError):  # of a task that is not in configs.yaml any more
-        own = train.settings_of(configs, settings['task'], settings['model'], settings['method'])
-        if sizes_of(train.as_dict(own)) == sizes_of(settings):
-            return paper['accuracies'].get(own.model, {}).get(column, {}).get(own.method)
-
-
-def sizes_of(settings):
-    """What the paper's numbers are for: image size, N, k, and the name of the file of weights."""
-    file = Path(settings['machine']['weights'].partition('#')[0]).name
-    return settings['backbone']['img_size'], settings['prompts']['N'], settings['prompts']['k'], file
-
-
-def beside(configs, paper, results, column):
-    """The paper's number for a column of a table, if it is for just what each of the results was made with."""
-    found = {published(configs, paper, result['settings'], column) for result in results}
-    return found.pop() if len(found) == 1 else None
 
 
 if __name__ == '__main__':

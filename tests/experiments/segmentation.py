@@ -23,6 +23,7 @@ the masks beside the pictures have 0 for no label, 1 for road and 2 for sky:
 """
 
 import math
+from collections import Counter
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -152,7 +153,8 @@ def loss(logits, masks):
 @torch.no_grad()
 def segment(model, image, size, scales=(1.0,)):
     """The class of each pixel of a normalised image [3, H, W] -> [H, W]. Its shorter side becomes each of the scales
-    times the model's size; of several, and of the mirror image at each, the mean of probabilities counts."""
+    times the model's size; of several, and of the mirror image at each, the mean of probabilities counts.
+    Raises FloatingPointError for a logit that is not finite."""
     p, flips = 0, [False, True] if len(scales) > 1 else [False]
     for scale, flip in product(scales, flips):
         short = round(scale * size)
@@ -160,6 +162,8 @@ def segment(model, image, size, scales=(1.0,)):
         logits = slide(model, x.flip(-1) if flip else x, size)
         logits = F.interpolate(logits.flip(-1) if flip else logits, image.shape[1:], mode='bilinear')
         p = p + logits.softmax(dim=1)
+    if not p.isfinite().all():
+        raise FloatingPointError('a logit of a picture that is scored is not finite')
     return p[0].argmax(dim=0)
 
 
@@ -192,29 +196,56 @@ def moments(backbone, device):
     return (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (backbone.mean, backbone.std))
 
 
-def confusion(model, pictures, settings, device, scales=(1.0,)):
-    """K [C, C]: how many pixels of class i, the row, were taken for class j, in all pictures."""
-    C = model.num_classes
-    K = torch.zeros(C * C, dtype=torch.int64)
+def answers(model, pictures, settings, device, scales=()):
+    """A row for each picture: how many pixels of each class are `right`, `missed` (taken for another class) and `wrong`
+    (of another class, taken for this one), as `CLASS:PIXELS CLASS:PIXELS ...`; and, in a test at several `scales`, the
+    same at these: `right_ms` and so on."""
+    several = scales and settings.loop.score_on == 'test'
+    rows = []
     for image, mask in data.decoded(pictures.__getitem__, range(len(pictures)), data.workers_of(settings.machine)):
-        found, known = answer(model, image, settings, device, scales), mask != IGNORED
-        K += torch.bincount(C * mask[known].long() + found[known], minlength=C * C)
-    return K.view(C, C).double()
+        row = counts(answer(model, image, settings, device), mask, model.num_classes)
+        if several:
+            found = counts(answer(model, image, settings, device, scales), mask, model.num_classes)
+            row |= {f'{name}_ms': x for name, x in found.items()}
+        rows.append(row)
+    return rows
 
 
-def mean_iou(K):
-    """Intersection over union, mean over the classes that are in masks or answers: K of `confusion` -> 0 to 1."""
-    return (K.diagonal() / (K.sum(0) + K.sum(1) - K.diagonal())).nanmean().item()
+def counts(found, mask, C):
+    """The pixels by class, as in `answers`, of the classes that an image was given and of its mask, both [H, W]."""
+    known = mask != IGNORED
+    is_, was = mask[known].long(), found[known]
+    right, in_mask, in_answer = (x.bincount(minlength=C) for x in (is_[is_ == was], is_, was))
+    pixels = {'right': right, 'missed': in_mask - right, 'wrong': in_answer - right}
+    return {name: ' '.join(f'{c}:{x[c]}' for c in x.nonzero()[:, 0].tolist()) for name, x in pixels.items()}
 
 
-def score(model, pictures, settings, device, scales=()):
-    """The scores of a task with masks: `accuracy` is the mIoU; `pixel_accuracy`; and, in a test at several `scales`,
-    `multi_scale`, the mIoU again."""
-    K = confusion(model, pictures, settings, device)
-    found = {'accuracy': mean_iou(K), 'pixel_accuracy': (K.trace() / K.sum()).item()}
-    if scales and settings.loop.score_on == 'test':
-        found['multi_scale'] = mean_iou(confusion(model, pictures, settings, device, scales))
+def score(rows):
+    """The scores of a task with masks, of rows as of `answers`: `accuracy` is the mIoU; `pixel_accuracy`; and, where
+    the rows have several scales, `multi_scale`, the mIoU again."""
+    right, missed, _ = total = sums(rows, '')
+    found = {'accuracy': mean_iou(*total), 'pixel_accuracy': sum(right.values()) / sum((right + missed).values())}
+    if 'right_ms' in rows[0]:
+        found['multi_scale'] = mean_iou(*sums(rows, '_ms'))
     return found
+
+
+def sums(rows, ending):
+    """The right, the missed and the wrong pixels of all rows, each by class."""
+    total = []
+    for name in 'right', 'missed', 'wrong':
+        pairs = [pair.split(':') for row in rows for pair in row[name + ending].split()]
+        pixels = Counter()
+        for c, n in pairs:
+            pixels[int(c)] += int(n)
+        total.append(pixels)
+    return total
+
+
+def mean_iou(right, missed, wrong):
+    """Intersection over union, mean over the classes that are in masks or answers: pixels by class -> 0 to 1."""
+    union = right + missed + wrong
+    return sum(right[c] / n for c, n in union.items()) / len(union)
 
 
 # ---- Augmentation ---------------------------------------------------------------------------------------
@@ -276,8 +307,8 @@ def task(train, val, test, classes, notes=(), scales=()):
     if not isinstance(train, list):  # in sizes of their own
         del augments['none']
     guess = math.log(len(classes)) * (1 + 4 * AUXILIARY)  # of all heads
-    return data.Task(train, val, test, classes, [*notes], augments, loss, partial(score, scales=scales), 'mIoU', guess,
-                     SETR)
+    return data.Task(train, val, test, classes, [*notes], augments, loss, partial(answers, scales=scales), score,
+                     'mIoU', guess, SETR)
 
 
 def check_masks(name, pictures, C):

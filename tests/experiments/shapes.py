@@ -2,15 +2,21 @@
 
 Shapes of different colours, one of each, lie in different cells of a 3 x 3 grid. For pre-training a frame asks a
 question of one of four kinds. Downstream pictures have no frame: the question has to be learned. Settings: `ask`,
-`colours`, `look` and `grain`.
+`colours`, `look` and `grain`. `python tests/experiments/shapes.py` draws world.png: eight pictures with a frame and its
+answer, and eight without.
 """
 
+import sys
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import Task
 from vit import InputError
 
@@ -152,3 +158,21 @@ def framed(canvas, q, colour, cell):
     marks = np.where(black, 0, 255)[:, None]
     painted = np.where((q == 3)[:, None, None, None], marks, colour[:, :, None, None])
     return np.where(sides, painted, canvas).astype(np.float32)
+
+
+def draw_world(path):
+    """A picture of this world: eight pictures whose frame asks, each over its answer, and eight that ask nothing."""
+    colours, sheet = ['red', 'green', 'blue', 'yellow'], Image.new('RGB', (8 * 132 + 8, 2 * 156 + 8), 'white')
+    for row, (ask, grain) in enumerate((('frame', 8.0), ('where_red', 20.0))):
+        options = SimpleNamespace(ask=ask, colours=colours, look='plain', grain=grain)
+        images, labels, _ = draw_shapes(8, options, seed=(6, ask == 'frame'))
+        for i, (image, label) in enumerate(zip(images, labels)):
+            x, y = 8 + 132 * i, 8 + 156 * row
+            sheet.paste(Image.fromarray(image.transpose(1, 2, 0)).resize((124, 124), Image.Resampling.NEAREST), (x, y))
+            words = names_of('frame', colours)[label] if ask == 'frame' else 'no frame: no question'
+            ImageDraw.Draw(sheet).text((x, y + 126), words, 'black', ImageFont.load_default(12))
+    sheet.save(path)
+
+
+if __name__ == '__main__':
+    draw_world(Path(__file__).with_name('world.png'))

@@ -156,7 +156,7 @@ def take_grid(args):
 def grid_of(settings, configs):
     """The grid of a run's entries in configs.yaml, the method's before the task's; VPT's without."""
     for section, name in ('methods', settings.method), ('tasks', settings.task), ('models', settings.model):
-        if grid := train.entry(configs, section, name).get('grid'):
+        if grid := train.entry(configs, section, name, settings.task).get('grid'):
             return grid
     return GRID
 

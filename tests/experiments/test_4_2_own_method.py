@@ -48,7 +48,7 @@ def test_what_a_method_of_a_file_trains_and_its_buffers_are_saved_and_loaded_by_
     assert params['seen'] == 12  # the pictures that are trained on, without those of validation
     assert result['trained_parameters'] == 64 + 65 * 9
     settings, task, model, *_ = finished.open_run(tiny('where_blue', argv[1], runs=runs, **SMALL))
-    assert task.score(model, task.test, settings, CPU)['accuracy'] == result['accuracy']
+    assert task.score(task.answers(model, task.test, settings, CPU))['accuracy'] == result['accuracy']
     for program in report, noise, look:
         assert run(runs, *argv, program=program, **SMALL) == 0
     assert f'`{file}:shift,' in capfd.readouterr().out
@@ -74,9 +74,9 @@ def test_settings_of_a_method_of_a_file_stand_in_its_entry_and_can_be_set(file):
 
 
 @pytest.mark.parametrize('name, said', [
-    ('missing.py:shift', 'No such file'), ('mine.py:shifts', "no attribute 'shifts'"),
-    ('mine.py:nothing', 'returned a int, and not a module'), ('mine.py:broken', "no attribute 'no_such_part'"),
-    ('wrong.py:shift', 'SyntaxError')])
+    ('missing.py:shift', 'there is no such file'), ('mine.py:shifts', 'the file has no function by this name'),
+    ('mine.py:nothing', 'it returned a int, and not a module'), ('mine.py:broken', "no attribute 'no_such_part'"),
+    ('wrong.py:shift', 'wrong.py, line 1')])
 def test_a_file_that_is_missing_or_raises_or_returns_something_else_is_one_line(name, said, file, tmp_path, capfd):
     (tmp_path / 'wrong.py').write_text('def shift(:')
     assert run(tmp_path / 'runs', '--method', f'{tmp_path}/{name}', **SMALL) == 2
@@ -124,7 +124,7 @@ def whole(tmp_path_factory):
 def test_a_system_of_table_1_trains_is_saved_and_is_loaded(method, whole):
     settings, result = whole(method)
     settings, task, model, *_ = finished.open_run(settings)
-    assert task.score(model, task.test, settings, CPU)['accuracy'] == result['accuracy']
+    assert task.score(task.answers(model, task.test, settings, CPU))['accuracy'] == result['accuracy']
     assert 0 < result['trained_parameters'] < 100_000 and result['final_loss'] > 0
 
 

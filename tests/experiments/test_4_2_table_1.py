@@ -63,7 +63,7 @@ def tiny(L=2, D=32, num_classes=0):
 
 def make(name, backbone, num_classes, **changes):
     """As train.py makes it: a system with the settings of ViT-B, but for changes."""
-    settings = train.settings_of(CONFIGS, 'cifar100', None, name, changes)
+    settings = train.settings_of(CONFIGS, 'dtd', None, name, changes)  # N = 10 for all
     return getattr(table_1, settings.loop.tune.rpartition(':')[2])(backbone, num_classes, settings)
 
 

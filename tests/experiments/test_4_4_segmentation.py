@@ -3,6 +3,7 @@
 import inspect
 from functools import cache, partial
 from math import log
+from types import SimpleNamespace
 
 import finished
 import look
@@ -223,20 +224,24 @@ def test_miou_and_pixel_accuracy_are_those_of_a_loop_over_pixels_whose_largest_l
                     either[c] += int(mask[y, x] == c or found[y, x] == c)
     ratios = [i / u for i, u in zip(both, either) if u]
     expected = {'accuracy': sum(ratios) / len(ratios), 'pixel_accuracy': right / labelled}
-    assert score(Pixelwise(), pictures, how, CPU) == pytest.approx(expected)
+    rows = segmentation.answers(Pixelwise(), pictures, how, CPU)
+    assert score(train.from_csv(train.as_csv(rows))) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize('scales, score_on, expected', [
     ([], 'test', [(1.0,)]), ([0.5, 2.0], 'test', [(1.0,), [0.5, 2.0]]), ([0.5, 2.0], 'val', [(1.0,)])])
 def test_only_a_test_is_at_several_scales_too(scales, score_on, expected, monkeypatch):
-    small = torch.tensor([[3.0, 1, 0], [2, 4, 0], [0, 0, 0]])  # 3 / 6 and 4 / 7; nobody saw the third class
-    seen, tables = [], iter([torch.eye(2), small])
+    mask = torch.tensor([0] * 4 + [1] * 6, dtype=torch.uint8).view(2, 5)
+    small = torch.tensor([0, 0, 0, 1, 0, 0, 1, 1, 1, 1]).view(2, 5)  # 3 / 6 and 4 / 7; nobody saw the third class
+    seen = []
 
-    def confusion(model, pictures, settings, device, scales=(1.0,)):
+    def answer(model, image, settings, device, scales=(1.0,)):
         seen.append(scales)
-        return next(tables)
-    monkeypatch.setattr(segmentation, 'confusion', confusion)
-    found = score(None, [], settings(score_on=score_on), CPU, scales)
+        return small if len(scales) > 1 else mask.long()
+    monkeypatch.setattr(segmentation, 'answer', answer)
+    pictures = [(torch.zeros(3, 2, 5, dtype=torch.uint8), mask)]
+    model = SimpleNamespace(num_classes=3)
+    found = score(segmentation.answers(model, pictures, settings(score_on=score_on), CPU, scales))
     assert seen == expected and found['accuracy'] == found['pixel_accuracy'] == 1
     assert found.get('multi_scale') == (pytest.approx((3 / 6 + 4 / 7) / 2) if len(expected) == 2 else None)
 
@@ -475,7 +480,8 @@ def test_bad_pictures_are_one_line_with_the_files_name_before_training(file, cha
             path.unlink()
     settings = ade_settings(tmp_path)
     with pytest.raises(InputError, match=said) as error:
-        data.learned_and_scored(data.load(settings), settings, CPU)
+        for pictures in train.sets(data.load(settings), settings):
+            data.in_memory(pictures, settings.machine, CPU)
     assert '\n' not in str(error.value)
 
 
@@ -575,7 +581,7 @@ def test_look_draws_picture_truth_and_the_answer_of_each_run_side_by_side(runs):
 
 def test_a_finished_run_answers_as_when_it_was_scored_and_paints_its_answer_over_a_photo(runs, tmp_path, capsys):
     folder, (settings, task, model, _, result) = opened(runs, 'linear')
-    again = task.score(model, task.test, settings, CPU)
+    again = task.score(task.answers(model, task.test, settings, CPU))
     assert again.items() <= result.items() and {*again} == {'accuracy', 'pixel_accuracy'}
     save(np.random.default_rng(0).integers(0, 256, (30, 70, 3), dtype=np.uint8), tmp_path / 'a.png')
     argv = ['--task', 'shapes_masks', '--method', 'linear', '--image', str(tmp_path / 'a.png')]

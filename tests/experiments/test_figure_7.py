@@ -39,17 +39,19 @@ def looks(folder, *argv):
 
 @given(st.sampled_from([1, 2, 6, 7, 14]), st.data())
 def test_attention_lands_on_the_pixels_of_its_patch(side, draw):
-    """All attention on one patch: that patch is white-hot, every other pixel is the darkened picture."""
+    """All attention on one patch: that patch is white-hot, every other pixel is the picture, grey and darkened."""
     patch = draw.draw(st.integers(0, side * side - 1))
     w = torch.zeros(side * side)
     w[patch] = 0.3
-    picture = look.heat_map(torch.full((3, TILE, TILE), 100, dtype=torch.uint8), w)
-    hot = (picture == 40 + 153).all(dim=0)
+    red = torch.tensor([200, 50, 50], dtype=torch.uint8).view(3, 1, 1).expand(3, TILE, TILE)
+    grey = 0.4 * int(0.2989 * 200 + 0.587 * 50 + 0.114 * 50)  # ITU-R 601-2, as Pillow has it
+    picture = look.heat_map(red, w)
+    hot = (picture == int(grey + 153)).all(dim=0)
     row, column = patch // side, patch % side
     expected = torch.zeros(side, side).index_put((torch.tensor(row), torch.tensor(column)), torch.tensor(1.0))
     pixel = (torch.arange(TILE) * side).div(TILE, rounding_mode='floor')
     assert torch.equal(hot, expected[pixel][:, pixel].bool())
-    assert (picture[:, ~hot] == 40).all()
+    assert (picture[:, ~hot] == int(grey)).all()
 
 
 def test_more_attention_is_never_darker():
@@ -74,15 +76,17 @@ def test_reinforced_patches_are_outlined_and_no_other(patch):
 
 
 def test_runs_are_stacked_in_one_picture_and_one_run_is_drawn_in_its_own_folder(runs, capsys):
-    """Figure 7: a row an image and method, a column the image and each of the 6 layers."""
+    """Figure 7: a row an image and method, a column the image and each of the 6 layers; and what colours mean. A second
+    picture does not overwrite the first."""
     assert looks(runs, '--method', 'vpt,ivpt,linear') == 0
-    assert looks(runs, '--method', 'vpt') == 0
+    assert looks(runs, '--method', 'vpt') == looks(runs, '--method', 'vpt') == 0
+    assert len([*runs.rglob('vpt,*/seed0/attention-2.png')]) == 1
     rows = {'attention,vpt+ivpt+linear,*,seed0.png': 12, 'vpt,*/seed0/attention.png': 4}
     for name, n in rows.items():
         file, = runs.rglob(name)
         with Image.open(file) as image:
-            assert image.size == (7 * (TILE + 2) + 2, 18 + n * (18 + TILE + 4))
-    assert capsys.readouterr().out.count('drawn: ') == 2
+            assert image.size == (7 * (TILE + 2) + 2, 18 + n * (18 + TILE + 4) + 18)
+    assert capsys.readouterr().out.count('drawn: ') == 3
 
 
 def test_runs_of_other_depths_are_not_drawn_together(runs, capfd):
@@ -106,7 +110,7 @@ def own(tmp_path_factory):
     with images_tested() as tested:
         assert train.main(argv) == 0
     photos = sorted(str(path) for path in (folder / 'data' / 'test').rglob('*.png'))
-    return SimpleNamespace(argv=argv, photos=photos, folder=folder, tested=tested[0])
+    return SimpleNamespace(argv=argv, photos=photos, folder=folder, tested=tested[2])
 
 
 @pytest.fixture
@@ -121,7 +125,7 @@ def rows_of(path):
     """The rows of Figure 7: of each the strip above it and its tiles."""
     picture = pil_to_tensor(Image.open(path))
     starts = range(2, picture.shape[2] - 2, TILE + 2)
-    rows = picture[:, 18:].split(18 + TILE + 4, dim=1)
+    rows = picture[:, 18:-18].split(18 + TILE + 4, dim=1)
     return [(row[:, :18], [row[:, 20:20 + TILE, x:x + TILE] for x in starts]) for row in rows]
 
 
@@ -131,6 +135,7 @@ def drawn_of(image, seen, words):
     picture = resize((image[0] * std + mean).round(), [TILE] * 2)
     Omega = [()] * 6 if seen['Omega'] is None else [*seen['Omega'][0].tolist(), ()]  # nothing follows the last layer
     maps = [look.heat_map(picture.round().to(torch.uint8), w, chosen) for w, chosen in zip(seen['w'][0], Omega)]
+    maps = [look.labelled(tile, f'prompts {share:.0%}') for tile, share in zip(maps, seen['to_prompts'][0].tolist())]
     return look.caption([words], torch.empty(3, 1, 7 * (TILE + 2) + 2)), [picture, *maps]
 
 

@@ -3,6 +3,7 @@
 import json
 import py_compile
 import shutil
+import sys
 from itertools import product
 
 import numpy as np
@@ -26,9 +27,8 @@ SMALL = dict(img_size=24, epochs=1, k=2)
 def opened(settings, **options):
     """A finished run, and whether it answers on its test pictures as when it was scored."""
     found = finished.open_run(settings, **options)
-    with torch.no_grad(), found.compute.autocast():
-        scores = found.task.score(found.model, found.task.test, found.settings, found.compute.device)
-    return found, scores.items() <= found.result.items()
+    rows = train.answers(found.model, found.task, found.task.test, found.settings, found.compute)
+    return found, found.task.score(rows)['accuracy'] == found.result['accuracy']
 
 
 def refused(settings, said, **options):
@@ -39,9 +39,9 @@ def refused(settings, said, **options):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """A folder with a finished run of three methods."""
+    """A folder with a finished run of four methods."""
     folder = tmp_path_factory.mktemp('runs')
-    assert run(folder, '--method', 'vpt,ivpt,full', **SMALL) == 0
+    assert run(folder, '--method', 'vpt,ivpt,full,spt', **SMALL) == 0
     return folder
 
 
@@ -54,11 +54,12 @@ def copied(runs, tmp_path):
     def change(edit):
         result = json.loads((folder / 'result.json').read_text())
         edit(result['settings'])
-        (folder / 'result.json').write_text(json.dumps(result))
+        del result['digest']
+        (folder / 'result.json').write_text(json.dumps(train.signed(result)))
     return settings, change
 
 
-@pytest.mark.parametrize('method', ['vpt', 'ivpt', 'full'])
+@pytest.mark.parametrize('method', ['vpt', 'ivpt', 'full', 'spt'])
 def test_a_finished_run_answers_as_when_it_was_scored(method, runs):
     assert opened(tiny(method=method, runs=runs, **SMALL))[1]
 
@@ -77,7 +78,7 @@ def test_a_run_that_is_not_there_or_not_whole_is_refused(copied, runs, tmp_path)
     settings, _ = copied
     folder, other = train.folder_of(settings), train.folder_of(tiny(method='vpt', runs=runs, **SMALL))
     shutil.copy(other / 'params.pth', folder)
-    refused(settings, 'the params.pth that this was measured with')
+    refused(settings, 'no finished run')
     (folder / 'result.json').write_bytes((folder / 'result.json').read_bytes()[:30])
     refused(settings, 'no finished run')
     refused(tiny(method='vpt', runs=tmp_path, **SMALL), 'no finished run')
@@ -104,6 +105,70 @@ def test_only_files_that_the_command_line_or_configs_yaml_names_are_run(copied, 
             change(lambda stored: stored.update(train.as_dict(settings)) or stored[group].update({key: where}))
             refused(settings, f'{where}, which is code')
     assert not (tmp_path / 'was_run').exists()
+
+
+KEEPS = '''
+import torch
+from torch import nn
+from helper import SIGN
+
+
+class Kept(nn.Module):
+    def __init__(self, vit, num_classes, settings):
+        super().__init__()
+        self.vit, self.head, self.mean = vit, nn.Linear(vit.D, num_classes), 0.0
+
+    def prepare(self, batches):
+        self.mean = WHAT
+
+    def forward(self, images):
+        return SIGN * self.head(self.vit.read(self.vit.embed(images)) - self.mean)
+'''
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A finished run of a method in a file, which has `mean` from the training pictures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'helper', raising=False)
+    (tmp_path / 'helper.py').write_text('SIGN = 1\n')
+
+    def made(what, **changes):
+        (tmp_path / 'kept.py').write_text(KEEPS.replace('WHAT', what))
+        settings = tiny(method='kept.py:Kept', runs=tmp_path / 'runs', **SMALL | changes)
+        train.run(settings)
+        return settings
+    return made
+
+
+def test_a_run_that_does_not_answer_as_it_did_is_refused(kept, tmp_path, monkeypatch):
+    """What is no parameter and no saved buffer is not in params.pth; code that a file imports has no digest."""
+    refused(kept('torch.randn(64)'), 'it answers otherwise than it did: ')
+    settings = kept('torch.zeros(64)', seed=1)
+    assert opened(settings)[1]
+    (tmp_path / 'helper.py').write_text('SIGN = -1\n')
+    monkeypatch.delitem(sys.modules, 'helper')
+    refused(settings, 'code that its file imports')
+
+
+def test_on_another_machine_the_answers_may_differ_by_rounding_which_is_said(runs, monkeypatch, capsys):
+    """Here by one of the 20 pictures, or by none that was right."""
+    settings = tiny(runs=runs, **SMALL)
+    kept = finished.read_answers
+
+    def changed(folder, n=1):
+        rows = kept(folder)
+        return [row | {'taken_for': '9'} if row['taken_for'] == row['class'] and i in found[:n] else row
+                for i, row in enumerate(rows)]
+    rows = kept(train.folder_of(settings))
+    found = [i for i, row in enumerate(rows) if row['taken_for'] == row['class']]
+    monkeypatch.setattr(finished, 'read_answers', changed)
+    refused(settings, 'it answers otherwise than it did')
+    environment = train.environment
+    monkeypatch.setattr(train, 'environment', lambda device: environment(device) | {'torch': '9.9'})
+    finished.open_run(settings)
+    assert "opened with torch '" in capsys.readouterr().out
 
 
 # ---- What it was made of --------------------------------------------------------------------------------
@@ -169,7 +234,8 @@ def test_a_run_that_trained_everything_needs_no_other_file(tmp_path):
     (['--search'], {'grid': '{lr: [1]}'}, '/vpt,search,lr=1,batch'), (['--method', 'vtp'], {}, "did you mean 'vpt'"),
     ([], {'device': 'xpu:7'}, 'device xpu:7 cannot be used'), ([], {'lr': 'a'}, 'lr is a number')])
 def test_what_is_wrong_is_one_line(argv, change, said, program, runs, capfd):
-    assert run(runs, '--method', 'vpt', *argv, program=program, **SMALL | change) == 2
+    method = () if '--method' in argv else ('--method', 'vpt')
+    assert run(runs, *method, *argv, program=program, **SMALL | change) == 2
     err = capfd.readouterr().err
     assert err.count('\n') == 1 and said in err
 

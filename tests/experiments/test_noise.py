@@ -113,14 +113,17 @@ def test_runs_of_other_seeds_see_the_same_noise_on_the_images_that_they_were_tes
         assert run(tmp_path, '--method', 'linear', '--seed', '0,1', **own) == 0
     with images_tested() as seen:
         assert noisy(tmp_path, '--method', 'linear', '--seed', '0,1', '--rates', '0,0.5', **own) == 0
-    clean, noisy_0, clean_1, noisy_1 = torch.cat(seen).split(20)
+    tested = [run[2:] for run in torch.cat(tested).split(22)]  # without the rehearsals
+    first, clean, noisy_0, first_1, clean_1, noisy_1 = torch.cat(seen).split(20)  # the first ones are compared
+    assert torch.equal(first, clean) and torch.equal(first_1, clean_1)
     assert torch.equal(torch.cat([clean, clean_1]), torch.cat(tested)) and torch.equal(noisy_1, noisy_0)
     added = noisy_0 - clean / 2
     assert len({float(image.sum()) for image in added}) == 20 and abs(added.std() - 0.5) < 0.02  # to each its own
 
 
 @pytest.mark.parametrize('rates, said', [('a', 'from 0 to 1'), ('-1', 'from 0 to 1'), ('0,,1', 'from 0 to 1'),
-                                         ('.nan', 'from 0 to 1'), ('', 'from 0 to 1'), ('0.1', 'no finished run')])
+                                         ('.nan', 'from 0 to 1'), ('0,0', 'each once'), ('0.1,0.10000001', 'each once'),
+                                         ('', 'from 0 to 1'), ('0.1', 'no finished run')])
 def test_wrong_rates_and_runs_that_are_not_there_are_one_line(rates, said, tmp_path, capfd):
     assert noisy(tmp_path, '--method', 'ivpt', f'--rates={rates}') == 2
     err = capfd.readouterr().err

@@ -7,11 +7,13 @@ from statistics import fmean, stdev
 import pytest
 from pictures import CONFIGS, run, table, tiny
 
+import answers
+import published
 import report
 import sweep
 import train
 
-PAPER = report.read_published()
+PAPER = published.read_published()
 BASE = 'vit_base_patch16_224.orig_in21k'
 
 
@@ -21,11 +23,19 @@ def results(tmp_path):
     def put(task, method, seed, accuracy, changes={}, place=None, model=None, label=(), best={}, **more):
         settings = train.settings_of(CONFIGS, task, model, method, changes | {'seed': seed, 'runs': str(tmp_path)})
         settings = sweep.with_values(replace(settings, label=label), best)
+        how = settings.pictures
+        counts = {'train names': how.n_train, 'val names': how.n_val, 'test names': how.n_test}
+        identity = {'backbone': '00aa', 'pictures by': how.source, **{name: f'{n} 00bb' for name, n in counts.items()}}
+        rows = [{'picture': i, 'class': 1, 'taken_for': int(i < 1000 * accuracy)} for i in range(1000)]
+        rows = train.as_csv(more.pop('rows', rows))
         result = {'task': task, 'model': settings.model, 'method': method, 'seed': seed, 'accuracy': accuracy,
                   'score_on': settings.loop.score_on, 'measure': 'accuracy', 'trained_parameters': 1_500_000,
-                  'settings': train.as_dict(settings), 'identity': {'backbone': '00aa'}} | more
+                  'settings': train.as_dict(settings), 'identity': identity, 'classes': ['cat', 'dog', 'cow'],
+                  'params_digest': train.digest(b'x'), 'predictions_digest': train.digest(rows)} | more
         folder = tmp_path / place if place else train.folder_of(settings)
-        train.write(folder / 'result.json', json.dumps(result).encode())
+        train.write(folder / 'params.pth', b'x')
+        train.write(folder / 'predictions.csv', rows)
+        train.write(folder / 'result.json', json.dumps(train.signed(result)).encode())
     return put
 
 
@@ -57,7 +67,7 @@ def test_a_report_has_means_over_seeds_the_papers_numbers_and_the_difference(res
         results('cifar100', 'vpt', seed, accuracy / 100)
     assert reported()[0] == [['method', 'trained', 'cifar100'], ['---'] * 3,
                              ['`vpt`', '1.500M', f'{fmean(values):.1f} ± {stdev(values):.1f}'],
-                             ['the paper', '0.60M', '78.8'], ['difference', '', '+5.2']]
+                             ['the paper', '', '78.8'], ['difference', '', '+5.2']]
 
 
 def test_the_mean_of_a_group_of_groups_is_the_mean_of_the_groups_means(results, reported):
@@ -85,7 +95,8 @@ def test_a_group_is_a_mean_over_the_seeds_that_have_all_its_tasks(results, repor
     for task, accuracies in (('where_blue', (0.2, 0.9)), ('shape_red', (0.4,))):
         for seed, accuracy in enumerate(accuracies):
             results(task, 'cdc', seed, accuracy)
-    assert reported('--task', 'asked', '--method', 'cdc')[0][2][4] == '30.0'
+    cells = reported('--task', 'asked', '--method', 'cdc')[0][2]
+    assert cells[2:] == ['55.0 ± 49.5', '40.0, 1 of 2 seeds', '30.0, 1 of 2 seeds']
 
 
 def test_what_the_runs_of_a_column_differ_in_is_said_below_the_table(results, reported):
@@ -122,16 +133,57 @@ def test_each_run_by_another_name_has_a_row_and_set_chooses_among_them(results, 
     assert [row[2] for row in reported('--set', 'lr=0.5', 'N=5')[0][2:]] == ['70.0']
 
 
-@pytest.mark.parametrize('change, beside', [
-    ({}, True), ({'weights': 'elsewhere/ViT-B_16.npz'}, True), ({'lr': 0.5}, True), ({'img_size': 98}, False),
-    ({'weights': 'mae.pth'}, False), ({'weights': 'random'}, False), ({'N': 50}, False), ({'k': 1}, False)])
-def test_the_papers_numbers_stand_beside_runs_of_just_their_backbone_image_size_and_prompts(
-        change, beside, results, reported):
+@pytest.mark.parametrize('change, said', [
+    ({}, ''), ({'lr': 0.5}, ''), ({'weight_decay': 0.1, 'batch': 32}, ''),
+    ({'img_size': 98}, 'img_size is 98 and not 224'), ({'N': 50}, 'N is 50 and not 10'),
+    ({'k': 1}, 'k is 1 and not 10'), ({'n_test': 10}, 'test pictures is 10 and not 10000'),
+    ({'epochs': 5}, 'epochs is 5 and not 100'), ({'readout': 'mean'}, "readout is 'mean' and not 'cls'"),
+    ({'augment': 'none'}, "augment is 'none' and not 'crop_flip'"),
+    ({'weights': 'elsewhere/ViT-B_16.npz'}, 'weights is elsewhere/ViT-B_16.npz and not https://'),
+    ({'weights': 'random'}, 'weights is random and not https://')])
+def test_the_papers_number_stands_only_beside_the_papers_experiment_and_a_line_says_why_not(
+        change, said, results, reported):
     results('cifar100', 'vpt', 0, 0.5, change)
-    assert ('the paper' in reported()[1]) == beside
-    settings = train.as_dict(train.settings_of(CONFIGS, 'cifar100', None, 'vpt', change))
-    for column, number in ('cifar100', 78.8), ('natural', 78.48), ('params', 0.60), ('cub', 88.5), ('pet', None):
-        assert report.published(CONFIGS, PAPER, settings, column) == (number if beside else None)
+    rows, out = reported()
+    assert (['the paper', '', '78.8'] in rows) == (not said)
+    assert said in out and out.count('so without its number') == bool(said) + (said.startswith('test'))
+
+
+def test_pictures_that_are_not_those_of_the_official_lists_have_no_number_of_the_paper(results, reported):
+    by = 'tests/experiments/torchvision_sets.py:drawn'
+    settings = train.settings_of(CONFIGS, 'pets')
+    results('pets', 'vpt', 0, 0.5, identity={'pictures by': by, 'train names': '800 x', 'val names': '200 x',
+                                             'test names': f'{settings.pictures.n_test} x'})
+    rows, out = reported()
+    assert len(rows) == 3 and f'lists is those of {by} and not the official ones (pets/vpt)' in out
+
+
+def test_a_number_of_the_paper_that_hides_something_is_explained_below_the_table(results, reported):
+    results('cifar100', 'vpt', 0, 0.5)
+    results('where_blue', 'cdc', 0, 0.5)
+    results('pets', 'provp', 0, 0.5, {'N': 7})  # another N needs no explanation
+    said = [line for line in reported()[1].splitlines() if not line.startswith('|')]
+    assert said[2].startswith("vpt: N is Table 15's or 16's, which the paper gives for iVPT; VPT's own N")
+    assert not [line for line in said if line.startswith(('cdc:', 'provp:'))]
+
+
+@pytest.mark.parametrize('group, method, count', [('fgvc', 'ivpt', '0.41M'), ('fgvc', 'vpt', '0.85M'),
+                                                  ('vtab', 'vpt', '0.60M'), ('natural', 'vpt', '')])
+def test_the_papers_count_of_parameters_stands_beside_all_tasks_that_it_is_the_mean_of(group, method, count, results,
+                                                                                     reported):
+    for task in train.tasks_of(CONFIGS, [group]):
+        results(task, method, 0, 0.5)
+    rows, _ = reported('--task', group)
+    assert rows[3][:2] == ['the paper', count]
+
+
+def test_the_paper_s_settings_of_e2vpt_and_bias_on_a_task_are_those_of_configs_yaml():
+    def of(method, task):
+        settings = train.settings_of(CONFIGS, task, None, method)
+        return settings.prompts.N, getattr(settings.options, 'N_kv', None), settings.loop.optimizer, settings.loop.lr
+    assert [of('e2vpt', task)[:2] for task in ('pets', 'cifar100', 'caltech101', 'flowers102', 'camelyon')] == [
+        (10, 5), (5, 5), (32, 5), (1, 1), (10, 10)]
+    assert of('bias', 'ade20k')[2:] == ('SGD', 0.005) and of('bias', 'pets')[2:] == ('AdamW', 0.000125)
 
 
 def test_the_papers_numbers_for_segmentation_are_at_one_scale_and_at_several_and_called_miou(results, reported):
@@ -146,9 +198,9 @@ def test_each_backbone_has_a_table(results, reported):
     results('cifar100', 'vpt', 1, 0.5, model='vit_large_patch16_224')
     results('cifar100', 'vpt', 2, 0.5, {'weights': 'random'})
     _, out = reported()
-    assert out.count('| method |') == 3 and f'{BASE}, random weights:\n' in out and out.count('the paper') == 1
+    assert out.count('| method |') == 3 and f'{BASE}, random weights:\n' in out and out.count('| the paper |') == 1
     results('cifar100', 'vpt', 3, 0.5, {'weights': 'mae.pth'})  # in the row of seed 0
-    assert 'the paper' not in reported()[1]
+    assert '| the paper |' not in reported()[1]
 
 
 def test_a_result_counts_as_what_it_says_of_itself_and_twice_the_same_is_refused(results, reported, tmp_path, capsys):
@@ -162,14 +214,27 @@ def test_a_result_counts_as_what_it_says_of_itself_and_twice_the_same_is_refused
     assert 'there are two results of vit_nano_patch8_48, where_blue, vpt, 0' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('damage', [lambda text: text[:-9], lambda text: '', lambda text: '{}', lambda text: '[1]'])
-def test_a_report_of_a_damaged_result_is_refused_with_its_name(damage, results, tmp_path, capfd):
+@pytest.mark.parametrize('file, damage', [
+    ('result.json', lambda text: text[:-9]), ('result.json', lambda text: ''), ('result.json', lambda text: '{}'),
+    ('result.json', lambda text: '[1]'), ('result.json', lambda text: text.replace('0.5', '4.66')),
+    ('result.json', lambda text: text.replace('1500000', '1600000')),
+    ('result.json', lambda text: text.replace('"measure": "accuracy", ', '')),
+    ('predictions.csv', lambda text: text.replace('5,1,1', '5,1,0')), ('params.pth', lambda text: 'y')])
+def test_a_result_that_is_not_as_it_was_written_is_refused_with_its_name(file, damage, results, tmp_path, capfd):
     for seed in range(2):
         results('where_blue', 'vpt', seed, 0.5)
-    file = tmp_path / 'where_blue/vit_nano_patch8_48/vpt/seed0/result.json'
-    file.write_text(damage(file.read_text()))
-    assert report.main(['--set', f'runs={tmp_path}']) == 2
-    assert capfd.readouterr().err == f'error: {file} is damaged; give the command of its run again\n'
+    folder = tmp_path / 'where_blue/vit_nano_patch8_48/vpt/seed0'
+    text = (folder / file).read_text()
+    (folder / file).write_text(damage(text))
+    assert damage(text) != text and report.main(['--set', f'runs={tmp_path}']) == 2
+    said = 'it, predictions.csv or params.pth beside it is not as the run wrote it'
+    assert capfd.readouterr().err.startswith(f'error: {folder / "result.json"}: {said}')
+
+
+def test_the_accuracy_is_read_from_the_answers(results, reported):
+    rows = [{'picture': i, 'class': 1, 'taken_for': int(i < 3)} for i in range(4)]
+    results('where_blue', 'vpt', 0, 0.2, rows=rows)
+    assert reported()[0][2][2] == '75.0'
 
 
 def test_a_report_takes_all_seeds_or_those_of_the_command_line(results, reported):
@@ -205,3 +270,66 @@ def test_a_report_shows_what_the_runs_printed(tmp_path, reported):
         settings = [tiny(method=method, seed=seed, runs=tmp_path, img_size=24, epochs=1) for seed in (0, 1)]
         found = [100 * train.read_result(train.folder_of(s))['accuracy'] for s in settings]
         assert row[0] == f'`{train.name_of(settings[0])}`' and row[2] == f'{fmean(found):.1f} ± {stdev(found):.1f}'
+
+
+# ---- Answers --------------------------------------------------------------------------------------------
+
+
+def rows_of(right):
+    """Rows of predictions.csv: of pictures of class 0, taken for it where `right` has a 1, else for class 1."""
+    return [{'picture': f'{i}.png', 'class': 0, 'taken_for': 1 - x, 'probability': 0.5} for i, x in enumerate(right)]
+
+
+def test_a_difference_is_over_the_same_pictures_and_seeds_with_the_error_of_both(results, reported):
+    """Seed 0: 3 of 4 against 1; seed 1: 2 against 2, of which one picture is the same."""
+    answers_ = {'ivpt': ([1, 1, 1, 0], [1, 1, 0, 0]), 'vpt': ([1, 0, 0, 0], [0, 1, 1, 0]), 'cdc': ([1, 1, 1, 1],)}
+    for method, seeds in answers_.items():
+        for seed, right in enumerate(seeds):
+            results('where_blue', method, seed, fmean(right), rows=rows_of(right))
+    rows, _ = reported('--method', 'ivpt,cdc', '--against', 'vpt')
+    of_pictures = stdev([0.5, 0.5, 0.0, 0.0]) / 2  # of the mean over seeds: (0 + 1) / 2, (1 + 0) / 2, (1 - 1) / 2, 0
+    of_seeds = stdev([0.5, 0.0]) / 2 ** 0.5
+    both = (of_pictures ** 2 + of_seeds ** 2) ** 0.5
+    found = {row[1]: row[2:] for row in rows if row[0] == 'where_blue'}
+    assert found['`ivpt`'] == ['+25.0', *(f'{100 * x:.1f}' for x in (both, of_pictures, of_seeds)), '2']
+    assert found['`cdc`'] == ['+75.0', '25.0', '25.0', '', '1']  # one seed has no spread
+
+
+def test_runs_are_compared_with_those_of_the_same_further_name_and_tasks_are_averaged(results, reported):
+    for task, better in ('where_blue', [1, 1]), ('shape_red', [1, 0]):
+        for method, right in ('ivpt', better), ('vpt', [0, 0]):
+            results(task, method, 0, fmean(right), {'lr': 0.5}, rows=rows_of(right))
+    results('where_blue', 'vpt', 0, 1.0, rows=rows_of([1, 1]))
+    rows, _ = reported('--against', 'vpt')
+    assert [row[:3] for row in rows if row[-1] == '1'] == [
+        ['shape_red', '`ivpt,lr=0.5`', '+50.0'], ['where_blue', '`ivpt,lr=0.5`', '+100.0'],
+        ['mean of 2', '`ivpt,lr=0.5`', '+75.0']]
+
+
+@pytest.mark.parametrize('argv, rows, said', [
+    (['--against', 'cdc'], [1, 0], 'no two runs, of it and of another method, share a task'),
+    (['--against', 'vpt'], [1, 0, 1], 'were tested on other pictures'),
+    (['--classes'], [1, 0], '--classes is for one task')])
+def test_what_cannot_be_compared_is_one_line(argv, rows, said, results, tmp_path, capfd):
+    results('where_blue', 'vpt', 0, 0.5, rows=rows_of([1, 0]))
+    results('where_blue', 'ivpt', 0, 0.5, rows=rows_of(rows))
+    if argv == ['--classes']:
+        results('shape_red', 'ivpt', 0, 0.5)
+    assert report.main([*argv, '--set', f'runs={tmp_path}']) == 2
+    err = capfd.readouterr().err
+    assert said in err and err.count('\n') == 1
+
+
+def test_accuracy_by_class_and_the_most_frequent_confusions_are_over_all_seeds(results, reported):
+    rows = [{'picture': i, 'class': c, 'taken_for': t} for i, (c, t) in enumerate([(0, 0), (0, 1), (0, 1), (2, 0)])]
+    for seed in range(2):
+        results('where_blue', 'vpt', seed, 0.25, rows=rows)
+    table_, out = reported('--classes')
+    assert table_[-2:] == [['cat', '3', '33.3'], ['cow', '1', '0.0']]
+    assert out.endswith('vpt: cat is taken for dog 4 times of 6\nvpt: cow is taken for cat 2 times of 2\n')
+
+
+def test_masks_are_compared_by_their_scores_over_seeds_alone():
+    pairs = [({'measure': 'mIoU', 'accuracy': x, 'rows': []}, {'measure': 'mIoU', 'accuracy': 0.5, 'rows': []})
+             for x in (0.6, 0.8)]
+    assert answers.difference(pairs) == pytest.approx((0.2, 0.1, 0.0, 0.1, 2))

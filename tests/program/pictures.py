@@ -28,7 +28,10 @@ def tiny(task='where_blue', method='ivpt', **changes):
 
 def run(folder, *argv, program=train, **changes):
     """`python train.py ARGV`, or another program, tiny, with its results in a folder. Returns the exit status."""
-    changes = TINY | {'runs': folder} | changes
+    argv = argv if '--task' in argv else ['--task', 'where_blue', *argv]
+    given = {word.partition('=')[0] for word in argv[[*argv, '--set'].index('--set'):]}
+    given |= {word.removeprefix('--') for word in argv}
+    changes = {name: x for name, x in (TINY | {'runs': folder} | changes).items() if name not in given}
     return program.main([*argv, '--set', *(f'{name}={value}' for name, value in changes.items())])
 
 

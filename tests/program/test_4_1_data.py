@@ -85,7 +85,8 @@ def test_the_draw_is_800_and_200_of_all_breeds():
 def test_val_is_learned_from_only_when_test_is_scored(score_on, learned, scored, tmp_path, monkeypatch):
     settings, task = pets(tmp_path, score_on=score_on, runs=str(tmp_path / 'runs'), epochs=1)
     seen, epoch = {}, {'epoch': 1, 'loss': 0.0, 'lr': 0.0, 'seconds': 1.0, 'images_per_second': 1.0}
-    task = replace(task, score=lambda model, pictures, *rest: seen.update(score=pictures) or {'accuracy': 0.5})
+    task = replace(task, score=lambda rows: {'accuracy': 0.5}, answers=lambda model, pictures, *rest: (
+        seen.update(score=pictures) or [{'x': 1}] * len(pictures)))
     monkeypatch.setattr(train, 'train', lambda state, task, pictures, *rest: seen.update(learn=pictures) or [epoch])
     monkeypatch.setattr(data, 'load', lambda settings: task)
     result = train.run(settings)
@@ -100,7 +101,7 @@ def test_val_is_learned_from_only_when_test_is_scored(score_on, learned, scored,
 def test_a_set_without_pictures_is_refused(sizes, score_on):
     task = data.Task(*map(numbered, sizes), ['a', 'b', 'c'])
     with pytest.raises(InputError, match='images to train on and . of .* to score: look at n_train and n_val'):
-        data.learned_and_scored(task, tiny(score_on=score_on), CPU)
+        train.sets(task, tiny(score_on=score_on))
 
 
 # ---- What tells them from others ------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def test_pictures_made_of_arrays_with_the_colours_last_are_those_that_are_copied
 @pytest.mark.parametrize('classes', [np.array(['a', 'b', 'c']), torch.arange(3), {'a', 'b', 'c'}, [0, 1, 2], 'abc'])
 def test_names_of_classes_that_are_no_list_of_words_are_refused(classes):
     """They could not be written into result.json, after all epochs."""
-    with pytest.raises(TypeError, match='its classes are .*, and not a list of names'):
+    with pytest.raises(InputError, match='its classes are .*, and not a list of names'):
         data.check_task(own(classes=classes), tiny(img_size=24))
 
 

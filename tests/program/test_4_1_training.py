@@ -242,8 +242,26 @@ def test_accuracy_is_the_part_of_the_pictures_that_are_right(labels, batch):
     def says_one(images):
         return F.one_hot(torch.tensor(1), 3).expand(len(images), 3)
     pictures = [(torch.zeros(3, 8, 8, dtype=torch.uint8), label) for label in labels]
-    found = data.accuracy(says_one, pictures, tiny(img_size=8, batch=batch), CPU)
-    assert found == {'accuracy': labels.count(1) / len(labels)}
+    rows = data.answers(says_one, pictures, tiny(img_size=8, batch=batch), CPU)
+    assert [(row['class'], row['taken_for']) for row in rows] == [(label, 1) for label in labels]
+    assert [row['probability'] for row in rows] == pytest.approx([math.e / (math.e + 2)] * len(rows))
+    assert data.accuracy(train.from_csv(train.as_csv(rows))) == {'accuracy': labels.count(1) / len(labels)}
+
+
+@pytest.mark.parametrize('logit', [math.nan, math.inf])
+def test_a_logit_that_is_not_finite_is_no_answer(logit, tmp_path, monkeypatch, capfd):
+    """argmax takes NaN for a class."""
+    config = tiny(runs=tmp_path, img_size=24)
+
+    def last(model, pictures, settings, device, answers=data.answers):
+        if len(pictures) > 1:  # not at the rehearsal
+            model.head.bias.data[3] = logit
+        return answers(model, pictures, settings, device)
+    load = data.load
+    monkeypatch.setattr(data, 'load', lambda config: replace(load(config), answers=last))
+    assert train.run_all([config]) == [] and train.read_result(train.folder_of(config)) is None
+    said = capfd.readouterr().err
+    assert 'a logit of a picture that is scored is not finite. 2 of 2 epochs are kept' in said and said.count('\n') == 1
 
 
 def test_the_accuracy_reported_is_that_of_the_last_epoch_not_of_the_best(tmp_path, monkeypatch):
@@ -268,7 +286,7 @@ def test_what_is_scored_is_looked_at_once_after_the_last_epoch(score_on, learned
     monkeypatch.setattr(data, 'batches', lambda pictures, config, device, epoch=None, *part: (
         seen.append((len(pictures), epoch)), batches(pictures, config, device, epoch, *part))[1])
     result = train.run(tiny(runs=tmp_path, epochs=3, img_size=24, score_on=score_on))
-    assert seen == [(learned, 0), (learned, 1), (learned, 2), (scored, None)]
+    assert seen == [(1, None)] * 2 + [(learned, 0), (learned, 1), (learned, 2), (scored, None)]  # first, a rehearsal
     assert (result['score_on'], result['images']) == (score_on, scored)
 
 
@@ -280,12 +298,17 @@ def test_the_saved_parameters_are_those_that_were_trained_alone_and_give_the_sam
     """The score is taken in eval mode and without gradients; what a task's own score says is in the result."""
     kept, load = {}, data.load
 
-    def score(model, pictures, config, device):
+    def answers(model, pictures, config, device):
         kept['model'] = model
         assert not model.training and not torch.is_grad_enabled()
-        return {'accuracy': 0.5, 'of a third kind': 0.25}
+        return [{'half': 0.5}] * len(pictures)
+
+    def score(rows):
+        assert all(row['half'] == '0.5' for row in rows)  # as the file has them
+        return {'accuracy': float(rows[0]['half']), 'of a third kind': 0.25}
     config = tiny(method=method, runs=tmp_path, img_size=24)
-    monkeypatch.setattr(data, 'load', lambda config: replace(load(config), score=score, measure='mIoU'))
+    monkeypatch.setattr(data, 'load', lambda config: replace(
+        load(config), answers=answers, score=score, measure='mIoU'))
     result = train.run(config)
     assert (result['accuracy'], result['of a third kind'], result['measure']) == (0.5, 0.25, 'mIoU')
     saved = torch.load(train.folder_of(config) / 'params.pth', weights_only=True)
@@ -313,13 +336,17 @@ def test_a_run_leaves_its_settings_a_line_an_epoch_the_parameters_and_the_result
     config = tiny(runs=tmp_path, epochs=3, seed=5, img_size=24)
     result = train.run(config)
     folder = next(tmp_path.glob('where_blue/vit_nano_patch8_48/ivpt,*/seed5'))
-    assert {path.name for path in folder.iterdir()} == {'checkpoint.pth', 'log.jsonl', 'params.pth', 'result.json'}
+    assert {path.name for path in folder.iterdir()} == {
+        'checkpoint.pth', 'log.jsonl', 'params.pth', 'predictions.csv', 'result.json'}
     settings = result['settings']
     assert settings == train.as_dict(config) and settings['loop']['epochs'] == 3 and settings['prompts']['k'] == 4
     log = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
     assert [line['epoch'] for line in log] == [1, 2, 3]
     assert all({'loss', 'lr', 'images_per_second'} <= set(line) for line in log)
-    assert json.loads((folder / 'result.json').read_text()) == result
+    assert json.loads((folder / 'result.json').read_text()) == train.signed(result)
+    assert train.read_result(folder) == result
+    rows = train.from_csv((folder / 'predictions.csv').read_bytes())
+    assert len({row['picture'] for row in rows}) == 20 and data.accuracy(rows)['accuracy'] == result['accuracy']
     assert result['final_loss'] == log[-1]['loss'] and result['seconds'] == sum(line['seconds'] for line in log)
     assert (result['task'], result['model'], result['method'], result['seed']) == (
         'where_blue', 'vit_nano_patch8_48', 'ivpt', 5)
@@ -373,4 +400,7 @@ def test_a_run_whose_last_loss_is_above_a_guess_is_said_to_have_learned_nothing(
         result = train.run(tiny(runs=tmp_path, **how))
         said = f'above that of a guess, {guess or math.log(9):.3g}. Lower the learning rate: --set lr={lr / 4:g}'
         assert (result['final_loss'] < (guess or math.log(9))) == learned
-        assert (said in capsys.readouterr().out) == (not learned)
+        out = capsys.readouterr().out
+        assert (said in out) == (not learned)
+        early = f'the loss is above that of a guess, {guess or math.log(9):.3g}: if it stays there'
+        assert learned or early in out[:out.index('epoch   3')]  # in the epoch in which it shows

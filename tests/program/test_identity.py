@@ -127,7 +127,8 @@ def test_the_code_of_a_task_a_method_and_a_backbone_in_a_file_is_a_part_of_the_r
     config = tiny(f'{tmp_path}/mine.py:task', f'{tmp_path}/method.py:head', img_size=16)
     config = replace(config, backbone=replace(config.backbone, build=f'{tmp_path}/mine.py:backbone'))
     first = train.make_model(config, data.load(config))[1]
-    assert set(first) == {'backbone', 'code of mine.py:task', 'code of mine.py:backbone', 'code of method.py:head'}
+    assert set(first) == {'backbone', 'pictures by', 'code of mine.py:task', 'code of mine.py:backbone',
+                          'code of method.py:head'}
     (tmp_path / 'method.py').write_text((tmp_path / 'method.py').read_text().replace('(1, 1)', '(1, 2)'))
     other = train.make_model(config, data.load(config))[1]
     assert {name for name in first if first[name] != other[name]} == {'code of method.py:head'}

@@ -3,14 +3,18 @@
 import io
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import fields, replace
+from pathlib import Path
 
 import faults
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -33,7 +37,7 @@ def stop_at(monkeypatch, epoch, step):
 
     def stopped(pictures, config, device, now=None, *part):
         for i, batch in enumerate(batches(pictures, config, device, now, *part)):
-            if (now, i) == (epoch, step):
+            if (now, i) == (epoch, step) and len(pictures) > 1:  # not at the rehearsal
                 monkeypatch.setattr(data, 'batches', batches)
                 raise KeyboardInterrupt
             yield batch
@@ -74,7 +78,8 @@ def test_a_run_that_was_stopped_and_went_on_leaves_what_one_that_never_stopped_l
 
 
 @pytest.mark.parametrize('name, nth', [('checkpoint.pth', 0), ('checkpoint.pth', 3), ('log.jsonl', 0), ('log.jsonl', 2),
-                                       ('log.jsonl', 4), ('params.pth', 0), ('result.json', 0)])
+                                       ('log.jsonl', 4), ('params.pth', 0), ('predictions.csv', 0),
+                                       ('result.json', 0)])
 def test_a_run_that_was_stopped_in_a_write_has_no_result_and_goes_on_to_the_same(
         name, nth, tmp_path, monkeypatch, uninterrupted):
     """After the last log no epoch is left to write it again. A result is there only when its parameters are."""
@@ -89,8 +94,36 @@ def test_a_run_that_was_stopped_in_a_write_has_no_result_and_goes_on_to_the_same
         patch.setattr(train, 'write', stopped)
         train.run(config_of(tmp_path))
     assert not list(tmp_path.rglob('result.json'))
-    assert len(list(tmp_path.rglob('params.pth'))) == (name == 'result.json')
+    assert len(list(tmp_path.rglob('params.pth'))) == (name in ('predictions.csv', 'result.json'))
     train.run(config_of(tmp_path))
+    assert outcome(tmp_path) == uninterrupted()
+
+
+@pytest.mark.parametrize('moment', ['rmtree', 'rename', 'checkpoint.pth', 'params.pth', 'predictions.csv',
+                                    'result.json', 'end'])
+def test_again_may_be_killed_at_each_moment_and_goes_on_and_the_old_or_the_new_run_is_whole(
+        moment, tmp_path, monkeypatch, uninterrupted):
+    """Killed before the older one is removed, before the old one has its new name, before a file is written."""
+    config = config_of(tmp_path)
+    folder = train.folder_of(config)
+    train.run(config)
+    old = train.run(config, again=True)
+
+    def killed(work, name):
+        def call(*args, **more):
+            if name == moment or getattr(args[0], 'name', '') == moment:
+                raise KeyboardInterrupt
+            return work(*args, **more)
+        return call
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(train.shutil, 'rmtree', killed(shutil.rmtree, 'rmtree'))
+        patch.setattr(train.Path, 'rename', killed(Path.rename, 'rename'))
+        patch.setattr(train, 'write', killed(train.write, ''))
+        train.run(config, again=True)
+    whole = [train.read_result(place) for place in (folder, folder.with_name('seed0.before'))]
+    kept = [{name: x for name, x in result.items() if name != 'seconds'} for result in whole if result]
+    assert kept and all(result == {name: x for name, x in old.items() if name != 'seconds'} for result in kept)
+    train.run(config, again=True)
     assert outcome(tmp_path) == uninterrupted()
 
 
@@ -98,14 +131,18 @@ def test_other_random_numbers_are_the_same_after_an_interruption_too(tmp_path, m
     """A student who adds dropout keeps this property: the loop seeds all generators, epoch by epoch."""
     make_model = train.make_model
 
+    class Noise(torch.nn.Module):
+        def forward(self, x):
+            return x * random.random() + np.random.rand() if self.training else x
+
     def with_dropout(*args):
         model, identity = make_model(*args)
-        model.head = torch.nn.Sequential(torch.nn.Dropout(0.5), model.head)
+        model.head = torch.nn.Sequential(torch.nn.Dropout(0.5), model.head, Noise())
         return model, identity
     monkeypatch.setattr(train, 'make_model', with_dropout)
     train.run(config_of(tmp_path / 'whole'))
     run_and_stop(monkeypatch, config_of(tmp_path / 'stopped'), 2, 1)
-    torch.rand(17)  # another process has drawn other numbers
+    torch.rand(17), np.random.rand(17), random.random()  # another process has drawn other numbers
     train.run(config_of(tmp_path / 'stopped'))
     assert outcome(tmp_path / 'stopped') == outcome(tmp_path / 'whole')
 
@@ -163,7 +200,7 @@ def finished(tmp_path_factory):
         where[name] = value
         if value is None:
             del where[name]
-        (train.folder_of(config) / 'result.json').write_text(json.dumps(begun))
+        (train.folder_of(config) / 'result.json').write_text(json.dumps(train.signed(begun)))
         return train.run(config) == begun
     return begun_with
 

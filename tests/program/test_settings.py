@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import yaml
 from pictures import CONFIGS, NANO, run
 
 import train
@@ -13,7 +14,8 @@ from vit import InputError
 
 def runs_of(*argv):
     """The settings of all runs of a command line."""
-    return train.runs_of(train.parser('').parse_args(argv), CONFIGS)
+    task = () if '--task' in argv else ('--task', 'where_blue')
+    return train.runs_of(train.parser('').parse_args([*task, *argv]), CONFIGS)
 
 
 def values_of(settings):
@@ -44,15 +46,34 @@ def test_the_later_one_of_defaults_model_task_method_and_command_line_wins():
     ('runs=a=b', 'runs', 'a=b'), ('runs=null', 'runs', 'null'),
     ('runs=~/x', 'runs', os.path.expanduser('~/x')), ('cache_gb=0.5', 'cache_gb', 0.5), ('weights=', 'weights', '')])
 def test_any_setting_can_be_given_on_the_command_line_and_has_its_type(said, name, value):
-    for settings in runs_of('--set', 'lr=0.9', said):
+    for settings in runs_of('--set', 'momentum=0.5', '--set', said):
         found = values_of(settings)
         assert found[name] == value and isinstance(found[name], type(value))
-        assert found['lr'] == (value if name == 'lr' else 0.9)  # of several --set, and of one name the last
+        assert found['momentum'] == 0.5  # of several --set
 
 
-def test_options_of_their_own_win_over_set():
-    settings, _ = runs_of('--weights', 'a.pth', '--data', '.', '--set', 'weights=b.pth', 'data=no/such')
-    assert (settings.machine.weights, settings.machine.data) == ('a.pth', '.')
+@pytest.mark.parametrize('argv, said', [
+    (['--task', 'pets', '--task', 'dtd'], '--task is given twice: write --task A,B'),
+    (['--seed', '0', '--seed', '0'], '--seed is given twice'),
+    (['--set', 'lr=1', 'lr=2'], '--set lr: it is given twice'),
+    (['--set', 'lr=1', '--set', 'lr=1'], '--set lr: it is given twice'),
+    (['--weights', 'a.pth', '--set', 'weights=b.pth'], '--set weights: it is given twice')])
+def test_what_is_given_twice_is_refused(argv, said):
+    """argparse would drop the first in silence."""
+    with pytest.raises(InputError, match=said):
+        runs_of(*argv)
+
+
+@pytest.mark.parametrize('section, entry, said', [
+    ('tasks', None, 'tasks: mine is None, and not a dict of settings'),
+    ('tasks', {'method': ['vpt', 'ivpt']}, 'with words for model and method'),
+    ('groups', 'pets', "groups: mine is 'pets', and not a list"),
+    ('groups', ['mine'], 'the group mine has itself among its members')])
+def test_an_entry_of_another_kind_and_a_group_inside_itself_are_one_line(section, entry, said, monkeypatch):
+    text = yaml.safe_dump(CONFIGS | {section: CONFIGS[section] | {'mine': entry}})
+    monkeypatch.setattr(train, 'read_yaml', lambda *args: yaml.safe_load(text))
+    with pytest.raises(InputError, match=said):
+        train.tasks_of(train.read_configs(), ['mine'])
 
 
 def test_every_task_method_and_model_of_configs_yaml_is_made_of_settings_that_are_known():
@@ -71,8 +92,8 @@ def test_every_default_is_in_its_own_range():
 
 
 def test_a_task_names_its_model_and_its_methods_and_the_command_line_may_name_others():
-    assert [(s.task, s.model, s.method) for s in runs_of()] == [
-        ('where_blue', NANO, 'linear'), ('where_blue', NANO, 'ivpt')]
+    assert [(s.task, s.model, s.method) for s in train.runs_of(train.parser('').parse_args([]), CONFIGS)] == [
+        ('where_red', NANO, 'linear'), ('where_red', NANO, 'ivpt')]
     assert [(s.task, s.model, s.method) for s in runs_of('--task', 'pets')] == [
         ('pets', 'vit_base_patch16_224.orig_in21k', 'ivpt')]
     assert [(s.model, s.method) for s in runs_of('--model', 'vit_tiny_patch8_48', '--method', 'vpt')] == [
@@ -119,7 +140,7 @@ def test_the_folder_of_a_run_names_the_settings_that_the_command_line_changed_an
 
 
 def test_the_folder_of_a_run_lies_below_its_task_and_its_model():
-    settings = runs_of('--set', 'runs=somewhere/else')[1]
+    settings, = runs_of('--set', 'runs=somewhere/else')
     assert train.folder_of(settings) == Path('somewhere/else/where_blue', NANO, 'ivpt/seed0')
     assert train.folder_of(replace(settings, label=('search',))) == Path(
         'somewhere/else/where_blue', NANO, 'ivpt,search/seed0')

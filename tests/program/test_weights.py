@@ -344,5 +344,5 @@ def test_the_backbone_of_the_offline_tasks_knows_what_a_frame_asks():
     settings = train.settings_of(CONFIGS, 'shapes_framed', changes=changes)
     model = vit.build(NANO, train.HERE / CONFIGS['models'][NANO]['weights'], num_classes=19).eval()
     with torch.no_grad():
-        scores = data.accuracy(model, data.load(settings).test, settings, torch.device('cpu'))
+        scores = data.accuracy(data.answers(model, data.load(settings).test, settings, torch.device('cpu')))
     assert scores['accuracy'] > 0.9

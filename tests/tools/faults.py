@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train  # noqa: E402
 import vit  # noqa: E402
 
-ARGV = ['--model', 'vit_nano_patch8_48', '--method', 'ivpt', '--weights', 'random', '--set', 'epochs=4', 'n_train=24',
-        'n_val=8', 'n_test=8', 'batch=16', 'workers=0', 'img_size=16']
-WRITES = 12  # a checkpoint and a log before the first epoch and after each one, the parameters, the result
+ARGV = ['--task', 'where_blue', '--model', 'vit_nano_patch8_48', '--method', 'ivpt', '--weights', 'random', '--set']
+SMALL = ['epochs=4', 'n_train=24', 'n_val=8', 'n_test=8', 'batch=16', 'workers=0', 'img_size=16']
+WRITES = 13  # a checkpoint and a log before the first epoch and after each one, parameters, predictions, the result
 
 
 def child(runs, before=lambda: None, *changes):
@@ -50,7 +50,8 @@ def child(runs, before=lambda: None, *changes):
         torch.set_num_threads(1)
         torch.accelerator.is_available = lambda: False  # a GPU cannot be used in a fork
         before()
-        sys.argv = [train.__file__, *ARGV, *changes, f'runs={runs}']
+        words = {word.partition('=')[0]: word for word in [*SMALL, *changes, f'runs={runs}']}
+        sys.argv = [train.__file__, *ARGV, *words.values()]
         runpy.run_path(train.__file__, run_name='__main__')
     except SystemExit as end:
         status = end.code
