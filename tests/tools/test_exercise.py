@@ -1,11 +1,16 @@
 """The exercises: each has tests that fail while it is not solved, with wrong answers too, and pass when it is."""
 
 import ast
+import os
 import re
+import shlex
+import subprocess
+import sys
 
 import exercise
 import pytest
 import sweep
+import torch
 import train
 from exercise import EXERCISES, PARTS, PROJECT, main
 from mutants import by_hand, by_rule, spanned
@@ -57,15 +62,29 @@ def test_each_exercise_fails_when_blank_and_with_wrong_answers_and_passes_when_s
 
 def test_a_wrong_answer_is_told_by_the_false_sentence_and_the_smallest_case(tmp_path, capsys, monkeypatch):
     """Vanilla CDC for CDC: they differ from the third layer on, and the case has three."""
-    folder, one = tmp_path / 'copy', EXERCISES[1]
-    monkeypatch.setitem(EXERCISES, 1, one._replace(tests=(*one.tests, '-k', 'test_cdc_adds')))
-    assert main(['1', str(folder)]) == 0
-    answer(folder, 1, 'return P.cumsum(dim=0)')
+    folder, one = tmp_path / 'copy', EXERCISES[3]
+    monkeypatch.setitem(EXERCISES, 3, one._replace(tests=(*one.tests, '-k', 'test_cdc_adds')))
+    assert main(['3', str(folder)]) == 0
+    answer(folder, 3, 'return P.cumsum(dim=0)')
     status, said = checked(folder, capsys)
     assert status == 1
     assert 'FALSE: cdc adds the previous layers prompts and the first layers are its own\n' in said
     assert 'P̂^l = P^l + P^{l-1}' in said
     assert 'smallest case  B=1, L=3, N=1, M=1, N_h=1, d=3, k=1, C=1, seed=0\n' in said
+
+
+def test_the_command_that_check_prints_is_red_for_a_blank_exercise_wherever_it_is_given(tmp_path, capsys, monkeypatch):
+    """In the project, too, where the same test passes, and for a folder with a space in its name."""
+    folder, one = tmp_path / 'a copy', EXERCISES[3]
+    monkeypatch.setitem(EXERCISES, 3, one._replace(tests=(*one.tests, '-k', 'test_cdc_adds')))
+    monkeypatch.chdir(tmp_path)
+    assert main(['3', 'a copy']) == 0
+    status, said = checked(folder.relative_to(tmp_path), capsys)
+    command = re.search('cd .*', said)[0]
+    path = f'{os.path.dirname(sys.executable)}{os.pathsep}{os.environ["PATH"]}'
+    out = subprocess.run(command, shell=True, cwd=PROJECT, env=os.environ | {'PATH': path}, capture_output=True,
+                         text=True)
+    assert status == 1 and out.returncode == 1 and 'NotImplementedError' in out.stdout, out.stdout
 
 
 @pytest.mark.parametrize('passed, trouble, words', [
@@ -124,7 +143,7 @@ def test_of_a_function_only_the_body_goes_and_of_its_file_nothing_else(one):
 
 
 def test_a_copy_has_what_is_needed_and_says_what_to_do(tmp_path, capsys):
-    assert main(['2', str(tmp_path / 'new' / 'copy')]) == 0
+    assert main(['4', str(tmp_path / 'new' / 'copy')]) == 0
     assert 'Write cdc_da and psi in ivpt.py.' in capsys.readouterr().out
     copy = {path.relative_to(tmp_path / 'new/copy').as_posix() for path in (tmp_path / 'new/copy').rglob('*')}
     assert {'ivpt.py', 'configs.yaml', 'tests/experiments/nano.pth', 'tests/conftest.py', 'EXERCISE.txt'} <= copy
@@ -141,10 +160,46 @@ def test_the_list_has_every_exercise_in_the_papers_order_and_questions_after_eac
     said = capsys.readouterr().out
     places = [said.index(f'{number:2d}  {exercise.title}') for number, exercise in EXERCISES.items()]
     assert places == sorted(places) and 10 <= len(places) <= 12
-    assert all(2 <= len(questions) <= 3 for _, _, questions in PARTS)
+    assert all(2 <= len(questions) <= 4 for _, _, questions in PARTS)
 
 
-COMMANDS = [line for *_, questions in PARTS for question in questions for line in question.split('\n')[1:]]
+def test_the_exercises_follow_the_numbers_of_the_sections_and_of_the_equations():
+    sections = [heading.split()[0] for heading, _, _ in PARTS]
+    equations = [int(found[1]) for one in EXERCISES.values() if (found := re.match(r'Eq\. (\d+)', one.title))]
+    assert sections == sorted(sections) and equations == sorted(equations) == [2, 4, 5, 7, 8, 11, 14, 15]
+
+
+QUESTIONS = [question for *_, questions in PARTS for question in questions]
+
+
+@pytest.mark.parametrize('question', QUESTIONS, ids=lambda question: question.asks)
+def test_a_question_says_its_time_and_what_to_look_for(question, capsys):
+    assert re.fullmatch(r'\d+ minutes|half an hour', question.time) and len(question.look_for) > 30
+    assert main([]) == 0
+    said = ' '.join(capsys.readouterr().out.split())
+    assert f'{question.asks} ({question.time})' in said and f'Look for: {question.look_for}' in said
+
+
+def test_what_a_question_chooses_it_chooses_on_validation_pictures():
+    """The best value of a setting is not looked for on the test pictures."""
+    chosen = [command for question in QUESTIONS for command in question.commands if '--over' in command]
+    assert len(chosen) == 3 and all('score_on=val' in command for command in chosen)
+
+
+@pytest.mark.parametrize('one', [one for one in QUESTIONS if any(' -c ' in command for command in one.commands)],
+                         ids=lambda one: one.asks)
+def test_what_a_question_prints_of_a_run_is_of_its_own_run_and_short(one, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs, code = (shlex.split(command)[2:] for command in one.commands)
+    args = train.parser('').parse_args(runs)
+    folder = train.folder_of(*train.runs_of(args, train.read_configs()))
+    folder.mkdir(parents=True)
+    torch.save({'gamma': 2 * torch.eye(10).repeat(5, 1, 1)}, folder / 'params.pth')
+    exec(code[0], {})
+    assert re.fullmatch('2.0\n|' + ''.join(f'into layer {l}: 3.16\n' for l in range(1, 6)), capsys.readouterr().out)
+
+
+COMMANDS = [command for question in QUESTIONS for command in question.commands]
 PROGRAMS = {'train.py': train, 'tests/experiments/sweep.py': sweep}
 
 
@@ -193,11 +248,11 @@ def test_bad_input_is_one_line_and_status_2_and_changes_nothing(argv, words, tmp
 
 def test_a_function_that_is_no_longer_there_is_one_line(tmp_path, capsys, monkeypatch):
     """In the project, and in a copy whose function was renamed."""
-    assert main(['1', str(tmp_path / 'old')]) == 0
+    assert main(['3', str(tmp_path / 'old')]) == 0
     (tmp_path / 'old/ivpt.py').write_text('def other():\n    pass\n')
     assert main(['check', str(tmp_path / 'old')]) == 2
-    monkeypatch.setitem(EXERCISES, 1, EXERCISES[1]._replace(functions=('Class.gone',)))
-    assert main(['1', str(tmp_path / 'new')]) == 2
+    monkeypatch.setitem(EXERCISES, 3, EXERCISES[3]._replace(functions=('Class.gone',)))
+    assert main(['3', str(tmp_path / 'new')]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and 'ivpt.py has no cdc:' in lines[0] and 'ivpt.py has no Class.gone:' in lines[1]
     assert not (tmp_path / 'new').exists()
@@ -206,7 +261,7 @@ def test_a_function_that_is_no_longer_there_is_one_line(tmp_path, capsys, monkey
 @pytest.mark.parametrize('content, words', [
     (b'x = 1\ndef cdc(P)\n', 'line 2'), (b'\xff = 1\n', 'decode'), (b'x = 1\0\n', 'null bytes')])
 def test_what_is_not_python_is_told_in_one_line(content, words, tmp_path, capsys):
-    assert main(['1', str(tmp_path / 'copy')]) == 0
+    assert main(['3', str(tmp_path / 'copy')]) == 0
     (tmp_path / 'copy/ivpt.py').write_bytes(content)
     status, said = checked(tmp_path / 'copy', capsys)
     assert status == 1 and re.fullmatch(f'This is not Python yet: .*{words}.*\n', said), said
