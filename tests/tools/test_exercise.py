@@ -73,6 +73,7 @@ def test_a_wrong_answer_is_told_by_the_false_sentence_and_the_smallest_case(tmp_
     assert 'smallest case  B=1, L=3, N=1, M=1, N_h=1, d=3, k=1, C=1, seed=0\n' in said
 
 
+@pytest.mark.slow
 def test_the_command_that_check_prints_is_red_for_a_blank_exercise_wherever_it_is_given(tmp_path, capsys, monkeypatch):
     """In the project, too, where the same test passes, and for a folder with a space in its name."""
     folder, one = tmp_path / 'a copy', EXERCISES[3]
