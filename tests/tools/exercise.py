@@ -95,7 +95,7 @@ PARTS = [  # heading, exercises, questions
             'the layer with the largest distance. The identity itself has the norm √10 = 3.16, so a distance of 3 is '
             'large.',
             'python train.py --method cdc_da',
-            'python -c "import torch; P = torch.load(\'runs/where_blue/vit_nano_patch8_48/cdc_da/seed0/params.pth\'); '
+            'python -c "import torch; P = torch.load(\'runs/where_red/vit_nano_patch8_48/cdc_da/seed0/params.pth\'); '
             'print(*(f\'into layer {l}: {x:.2f}\' for l, x in '
             'enumerate((P[\'gamma\'] - torch.eye(10)).norm(dim=(1, 2)).tolist(), start=1)), sep=\'\\n\')"'),
         question(
@@ -127,17 +127,17 @@ PARTS = [  # heading, exercises, questions
     ], [
         question(
             'With 6 layers vanilla CDC has up to 17.2 times the learning rate of VPT. Does it train as well with '
-            '0.07 / 17.2 = 0.0041?', '2 minutes',
-            'which of the two rates comes nearer to VPT with 0.07. The factor is 17.2 only for what all layers have in '
+            '0.1 / 17.2 = 0.0058?', '2 minutes',
+            'which of the two rates comes nearer to VPT with 0.1. The factor is 17.2 only for what all layers have in '
             'common; the smallest is 0.27.',
             'python train.py --method vpt --set score_on=val',
-            'python tests/experiments/sweep.py --method vanilla_cdc --over lr=0.07,0.0041 --set score_on=val'),
+            'python tests/experiments/sweep.py --method vanilla_cdc --over lr=0.1,0.0058 --set score_on=val'),
         question(
             'Where does γ end with strong weight decay, if γ had any? Let `decays` in train.py return True for it '
             'in your copy.', '10 minutes',
             'the mean of γ\'s diagonal, which starts at 1. At 0 there is no connection: that is VPT.',
             'python train.py --method cdc_da --set weight_decay=0.01 runs=runs/decayed',
-            'python -c "import torch; P = torch.load(\'runs/decayed/where_blue/vit_nano_patch8_48/'
+            'python -c "import torch; P = torch.load(\'runs/decayed/where_red/vit_nano_patch8_48/'
             'cdc_da,weight_decay=0.01/seed0/params.pth\'); '
             'print(P[\'gamma\'].diagonal(dim1=1, dim2=2).mean().item())"'),
         question(
@@ -171,11 +171,10 @@ PARTS = [  # heading, exercises, questions
             'python train.py --method vpt,ivpt',
             'python tests/experiments/look.py --method vpt,ivpt'),
         question(
-            'Why is linear probing better on blue (61.9%) than on red (31.4%) and yellow (26.5%)?', '2 minutes',
+            'Why is linear probing better on blue (61.9%) than on red (31.8%) and yellow (26.5%)?', '2 minutes',
             'where the ViT looks before any training. Without prompts the brightest patch of layer 4 lies on the blue '
             'shape in 81% of the pictures, and on the red one in 2%.',
-            'python train.py --method linear',
-            'python train.py --method linear --set ask=where_red',
+            'python train.py --method linear --task where_blue,where_red',
             'python train.py --method linear --set ask=where_yellow'),
     ]),
     ('4.1 Training', [

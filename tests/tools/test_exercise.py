@@ -214,7 +214,8 @@ def test_every_question_can_be_asked(command, monkeypatch, tmp_path):
         raise train.InputError('enough')
     monkeypatch.setattr(train, 'run', run)
     _, program, *argv = command.split()
-    assert PROGRAMS[program].main([*argv, '--set', f'runs={tmp_path}']) == 2 and done
+    monkeypatch.chdir(tmp_path)
+    assert PROGRAMS[program].main(argv) == 2 and done
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------
