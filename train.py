@@ -14,7 +14,6 @@ interrupted, and does not repeat what is finished.
 import argparse
 import csv
 import difflib
-import functools
 import hashlib
 import io
 import json
@@ -90,9 +89,8 @@ class State(NamedTuple):
 
 
 def train(state, task, pictures, settings, compute):
-    """Train the model of a state, and yield a record after each epoch that is not done yet.
-
-    Every random number depends on the seed and the epoch alone, so that an interruption changes nothing."""
+    """Train the model of a state, and yield a record after each epoch that is not done yet. Every random number depends
+    on the seed and the epoch alone, so that an interruption changes nothing."""
     model, optimizer, scaler, records = state
     loop, augment = settings.loop, task.augments[settings.pictures.augment]
     steps = math.ceil(len(pictures) / loop.batch)  # in an epoch
@@ -188,8 +186,7 @@ class Compute(NamedTuple):
 
 
 def find_device(name='auto'):
-    """A device by torch's name. `auto`: an accelerator (CUDA, XPU, MPS) where there is one, else the CPU; of several,
-    under torchrun, that of this process. Raises InputError if it is not there."""
+    """A device by torch's name; `auto`: see `Machine`, under torchrun that of this process. May raise InputError."""
     if name == 'auto' and torch.accelerator.is_available():
         name = f'{torch.accelerator.current_accelerator()}:{os.environ.get("LOCAL_RANK", 0)}'
     try:
@@ -200,19 +197,17 @@ def find_device(name='auto'):
 
 
 def number_format(precision, device, D):
-    """The format that a run computes in, and why. `auto` is bfloat16 where the device has instructions for it, on a CPU
-    for models wide enough to gain; float16 on GPUs that have it and no bfloat16 (V100, T4, 2080 Ti); else float32."""
+    """The format that a run computes in, and why. `auto`: the fastest one that the device has instructions for."""
     if precision != 'auto':
         return precision, 'as asked for'
     if device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
         return 'bfloat16', 'this GPU has it'
-    if device.type == 'cuda' and torch.cuda.get_device_capability(device) in ((7, 0), (7, 5)):
+    if device.type == 'cuda' and torch.cuda.get_device_capability(device) in ((7, 0), (7, 5)):  # V100, T4
         return 'float16', 'this GPU has it and no bfloat16'
     has = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
-    if has.get('avx512_bf16') or has.get('amx_bf16'):
-        why = f'this CPU has bfloat16, which pays from D = 192 on; here D = {D}'
-        return ('bfloat16' if D >= 192 else 'float32'), why
-    return 'float32', 'this device has no other fast format'
+    if D >= 192 and (has.get('avx512_bf16') or has.get('amx_bf16')):  # a narrower model does not gain by it
+        return 'bfloat16', 'this CPU has it'
+    return 'float32', f'no other format is faster on this device with D = {D}'
 
 
 # ---- One run --------------------------------------------------------------------------------------------
@@ -263,8 +258,7 @@ def is_code(where):
 
 
 def make_backbone(settings, num_classes):
-    """The model by its name, or by FILE.py:NAME, a function of the settings and the number of classes (0: no head), and
-    its weights."""
+    """The model by its name, or by FILE.py:NAME, a function f(settings, num_classes), with its weights. 0: no head."""
     how, weights = settings.backbone, settings.machine.weights
     if not weights:
         raise InputError(f'{settings.model} has no weights of its own: name a file with --weights FILE, or ask for '
@@ -309,8 +303,10 @@ def trained(model):
 
 def fit(folder, model, task, settings, compute, about):
     """Train the model from where the folder's checkpoint leaves it, score it, and write and return the result."""
-    loop = settings.loop
+    loop, lower = settings.loop, f'Lower the learning rate: --set lr={settings.loop.lr / 4:g}'
+    guess = task.guess or math.log(len(task.classes))  # its loss
     learn, score = sets(task, settings)
+    names = [data.identity(x, settings.machine.data)[0] for x, _ in getattr(score, 'samples', score)]
     learn = data.in_memory(learn, settings.machine, compute.device)
     score = data.in_memory(score, settings.machine, torch.device('cpu'))
     if hasattr(model, 'prepare'):  # a method's own: it gets the training pictures, in batches, before training
@@ -318,7 +314,7 @@ def fit(folder, model, task, settings, compute, about):
     header(model, task, settings, compute, about)
     rehearse(model, task, [learn[0]], settings, compute)
     scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == 'float16')
-    state = State(model, make_optimizer(model, loop), scaler, [])
+    state, warned = State(model, make_optimizer(model, loop), scaler, []), False
     resume(folder, state, about)
     save(folder, state, about)  # what cannot be written is found out before the first epoch
     try:
@@ -328,24 +324,23 @@ def fit(folder, model, task, settings, compute, about):
             left = timedelta(seconds=round(done['seconds'] * (loop.epochs - done['epoch'])))
             say('epoch {epoch:3d}/{epochs}  loss {loss:.4f}  lr {lr:.4g}  {images_per_second:.0f} images/s  '
                 '{left} left'.format(**done, epochs=loop.epochs, left=left))
-            if done['epoch'] > loop.warmup * loop.epochs and done['loss'] > guess_of(task):
-                say(f'          the loss is above that of a guess, {guess_of(task):.3g}: if it stays there, lower the '
-                    f'learning rate: --set lr={loop.lr / 4:g}')
-        rows = answers(model, task, score, settings, compute)
-        if len(rows) != len(score):
-            raise InputError(f'{settings.task}: its function gives {len(rows)} answers to {len(score)} pictures')
-        return finish(folder, state, task, with_names(rows, task, settings), about)
+            above = done['epoch'] > loop.warmup * loop.epochs and done['loss'] > guess
+            if above and (not warned or done['epoch'] == loop.epochs):  # the first time, and in the end
+                say(f'          the loss is above that of a guess, {guess:.3g}, and may stay there. {lower}')
+            warned = warned or above
+        found = answers(model, task, score, settings, compute)
+        rows = [{'picture': name, **row} for name, row in zip(names, found)]
+        return finish(folder, state, task, rows, about)
     except (FloatingPointError, KeyboardInterrupt) as stop:
         kept = f'{len(state.records)} of {loop.epochs} epochs are kept in {folder}'
         if isinstance(stop, KeyboardInterrupt):
             raise KeyboardInterrupt(f'stopped. {kept}; the same command goes on from there') from None
-        raise InputError(f'{stop}. {kept}. Lower the learning rate: --set lr={loop.lr / 4:g}') from None
+        raise InputError(f'{stop}. {kept}. {lower}') from None
 
 
 @torch.no_grad()
 def rehearse(model, task, pictures, settings, compute):
-    """Let a model answer before it is trained: what is wrong with a method or a task in a file ends no run at its end.
-    Raises InputError."""
+    """Let a model answer before it is trained: what is wrong with it is found out now. Raises InputError."""
     images, _ = next(data.batches(pictures, settings, compute.device))
     with compute.autocast():
         logits = model.eval()(images)
@@ -358,15 +353,13 @@ def rehearse(model, task, pictures, settings, compute):
 
 @torch.no_grad()
 def answers(model, task, pictures, settings, compute):
-    """What a model answers to pictures of its task: a dict for each."""
+    """What a model answers to pictures of its task: a dict for each. Raises InputError for another number of them."""
     model.eval()
     with compute.autocast():
-        return task.answers(model, pictures, settings, compute.device)
-
-
-def guess_of(task):
-    """The loss of a guess: ln C, or what the task says."""
-    return task.guess or math.log(len(task.classes))
+        rows = task.answers(model, pictures, settings, compute.device)
+    if len(rows) != len(pictures):
+        raise InputError(f'{settings.task}: its function gives {len(rows)} answers to {len(pictures)} pictures')
+    return rows
 
 
 def sets(task, settings):
@@ -379,34 +372,22 @@ def sets(task, settings):
     return learn, score
 
 
-def with_names(rows, task, settings):
-    """The rows of predictions.csv: before each answer the picture's name."""
-    _, pictures = sets(task, settings)
-    names = [data.identity(x, settings.machine.data)[0] for x, _ in getattr(pictures, 'samples', pictures)]
-    return [{'picture': name, **row} for name, row in zip(names, rows)]
-
-
 def finish(folder, state, task, rows, about):
     """Write, print and return the result of a model as the last epoch left it, by its answers."""
-    settings, last = about['settings'], state.records[-1]['loss']
-    loop, guess = settings['loop'], guess_of(task)
+    settings, loop = about['settings'], about['settings']['loop']
     params = io.BytesIO()
     torch.save({name: x.to('cpu') for name, x in trained(state.model).items()}, params)
-    files = {'params': params.getvalue(), 'predictions': as_csv(rows)}
+    files = {'params.pth': params.getvalue(), 'predictions.csv': as_csv(rows)}
     result = {**{name: settings[name] for name in ('task', 'model', 'method')}, 'seed': loop['seed'],
-              'score_on': loop['score_on'], 'measure': task.measure, **scores_of(task, files['predictions']),
-              'images': len(rows),
-              'trained_parameters': count(state.model), 'final_loss': last,
+              'score_on': loop['score_on'], 'measure': task.measure, **scores_of(task, files['predictions.csv']),
+              'images': len(rows), 'trained_parameters': count(state.model), 'final_loss': state.records[-1]['loss'],
               'seconds': sum(record['seconds'] for record in state.records), 'classes': task.classes, **about,
-              **{f'{name}_digest': digest(content) for name, content in files.items()}}
-    write(folder / 'params.pth', files['params'])
-    write(folder / 'predictions.csv', files['predictions'])
-    write(folder / 'result.json', (json.dumps(signed(result), indent=1) + '\n').encode())
+              **{f'{Path(name).stem}_digest': digest(content) for name, content in files.items()}}
+    files['result.json'] = (json.dumps(signed(result), indent=1) + '\n').encode()
+    for name, content in files.items():
+        write(folder / name, content)
     say(f'{loop["score_on"]} {task.measure} after the last epoch: {100 * result["accuracy"]:.2f}% of '
         f'{len(rows)} images{is_random(settings)}. {folder}\n')
-    if last > guess:
-        say(f'{folder} has learned nothing: its last loss, {last:.3g}, is above that of a guess, {guess:.3g}. Lower '
-            f'the learning rate: --set lr={loop["lr"] / 4:g}')
     return result
 
 
@@ -427,22 +408,20 @@ def is_random(settings):
 
 def header(model, task, settings, compute, about):
     """Say what is about to be trained, on what, with what."""
-    parts, backbone, environment = trained(model), settings.backbone, about['environment']
-    shapes = ', '.join(f'{name} {list(p.shape)}' for name, p in parts.items())
-    size = sum(p.numel() for p in model.parameters())
-    for line in [
-            f'task      {settings.task}: {len(task.train)} + {len(task.val)} images for training and validation, '
-            f'{len(task.test)} for testing, {len(task.classes)} classes',
-            *(f'          {note}' for note in task.notes),
-            f'backbone  {settings.model} at {backbone.img_size} pixels, {size / 1e6:.2f}M parameters in all, weights '
-            f'{settings.machine.weights} ({about["identity"]["backbone"]})',
-            f'pixels    mean {[*backbone.mean]}, std {[*backbone.std]}; if the weights were trained with others: '
-            '--set mean=[...] std=[...]',
-            f'method    {settings.method}, seed {settings.loop.seed}: {count(model) / 1e6:.3f}M trained '
-            f'({shapes if len(parts) < 6 else f"{len(parts)} tensors"})',
-            'device    ' + ', '.join(f'{name} {value}' for name, value in environment.items()),
-            f'numbers   {compute.precision}: {compute.why}']:
-        say(line)
+    how, size = settings.backbone, sum(p.numel() for p in model.parameters())
+    shapes = [f'{name} {list(p.shape)}' for name, p in trained(model).items()]
+    say(f'task      {settings.task}: {len(task.train)} + {len(task.val)} images for training and validation, '
+        f'{len(task.test)} for testing, {len(task.classes)} classes')
+    for note in task.notes:
+        say(f'          {note}')
+    say(f'backbone  {settings.model} at {how.img_size} pixels, {size / 1e6:.2f}M parameters in all, weights '
+        f'{settings.machine.weights} ({about["identity"]["backbone"]})')
+    say(f'pixels    mean {[*how.mean]}, std {[*how.std]}; if the weights were trained with others: --set mean=[...] '
+        'std=[...]')
+    say(f'method    {settings.method}, seed {settings.loop.seed}: {count(model) / 1e6:.3f}M trained '
+        f'({", ".join(shapes) if len(shapes) < 6 else f"{len(shapes)} tensors"})')
+    say('device    ' + ', '.join(f'{name} {value}' for name, value in about['environment'].items()))
+    say(f'numbers   {compute.precision}: {compute.why}')
 
 
 def say(line, live=False):
@@ -614,7 +593,7 @@ def settings_of(configs, task, model=None, method=None, changes=None):
     `changes`, the command line's; the later one counts. Raises InputError for an unknown name or a wrong value."""
     of_task = entry(configs, 'tasks', task)
     model = model or str(of_task.get('model', 'vit_base_patch16_224.orig_in21k'))
-    method = method or of_task.get('method', 'ivpt')
+    method = method or str(of_task.get('method', 'ivpt'))
     types, values = dict(TYPES), dict(DEFAULTS)
     for section, name in ('models', model), ('tasks', task), ('methods', method):
         layer = {key: x for key, x in entry(configs, section, name, task).items() if key not in OTHERS}
@@ -637,16 +616,15 @@ def settings_of(configs, task, model=None, method=None, changes=None):
 
 def pixels_of(model, build):
     """The image size that a model's name ends in. build: FILE.py:NAME, if that makes it."""
-    if not build:
-        return vit.parse_name(model)[2]
-    if match := re.search(r'_(\d{1,5})(\..*)?$', model):
-        return int(match[1])
-    raise InputError(f'{model}: its name has no image size: --set img_size=PIXELS')
+    ending = re.search(r'_(\d{1,5})(\..*)?$', model)
+    if build and not ending:
+        raise InputError(f'{model}: its name has no image size: --set img_size=PIXELS')
+    return int(ending[1]) if build else vit.parse_name(model)[2]
 
 
 def entry(configs, section, name, task=''):
-    """An entry of configs.yaml by name, with what it says of a task. FILE.py:NAME needs none, nor does a model whose
-    name says nothing of the pre-training."""
+    """An entry of configs.yaml by name, with what it says of a task. FILE.py:NAME needs none, nor does NAME of a model
+    without .PRETRAINING. Raises InputError."""
     if name in configs[section]:
         found = configs[section][name]
         return found | found.get('per_task', {}).get(task, {})
@@ -654,13 +632,12 @@ def entry(configs, section, name, task=''):
         return {DOORS[section]: name}
     if section == 'models' and '.' not in name:
         return {}
-    known = configs[section]
-    if section == 'models' and name.startswith('vit_'):  # another model is no answer to another pre-training
-        plain = name.partition('.')[0]
-        like = [x for x in known if x.startswith(f'{plain}.')]
-        raise InputError(f'unknown model {name!r}{nearest(name, like) if like else ""}; with weights of your own it is '
-                         f'--model {plain} --weights FILE')
-    raise InputError(f'unknown {section[:-1]} {name!r}{nearest(name, known)}')
+    plain, known = name.partition('.')[0], configs[section]
+    if section != 'models':
+        raise InputError(f'unknown {section[:-1]} {name!r}{nearest(name, known)}')
+    like = [x for x in known if x.startswith(f'{plain}.')]  # another model is no answer to another pre-training
+    raise InputError(f'unknown model {name!r}{nearest(name, like) if like else ""}; with weights of your own it is '
+                     f'--model {plain} --weights FILE')
 
 
 def nearest(name, known):
@@ -674,27 +651,23 @@ def checked(name, value, types, where):
     if name not in types:
         raise InputError(f'{where}: unknown setting {name!r}{nearest(str(name), types)}')
     kind, *rule = get_args(types[name]) or (types[name],)
-    given = value
+    given, right, words = value, True, KINDS.get(kind, 'of another type')
     if type(given) is str and kind not in (str, int, float):
         value = read_yaml(given, f'{where} {name}')
     if kind in (str, int, float) and type(given) in (str, int) or (kind, type(value)) == (tuple, list):
         with suppress(ValueError, OverflowError):
             value = kind(value)  # YAML takes 1e-3 for a word
-    if type(value) is not kind or not fits(value, rule):
-        words = KINDS.get(kind, 'of another type')
-        if rule:
-            words = f'one of {", ".join(filter(None, rule))}' if kind is str else f'{words} from %g to %g' % (*rule,)
+    if rule and kind is str:
+        words = f'one of {", ".join(filter(None, rule))}'
+        right = value in rule or ('FILE.py:NAME' in rule and is_code(str(value)))
+    elif rule:
+        words = f'{words} from %g to %g' % (*rule,)
+        numbers = value if type(value) is tuple else [value]
+        right = len(numbers) == (3 if kind is tuple else 1)
+        right = right and all(type(x) in (int, float) and rule[0] <= x <= rule[1] for x in numbers)
+    if type(value) is not kind or not right:
         raise InputError(f'{where}: {name} is {words}, not {repr(given)[:100]}')
     return value
-
-
-def fits(value, rule):
-    """Whether a value is one of some words, or between two numbers (of a tuple: each of three). No rule: any."""
-    if type(value) is str:
-        return not rule or value in rule or ('FILE.py:NAME' in rule and is_code(value))
-    numbers = value if type(value) is tuple else (value,)
-    three = type(value) is not tuple or len(value) == 3
-    return not rule or three and all(type(x) in (int, float) and rule[0] <= x <= rule[1] for x in numbers)
 
 
 def read_yaml(text, where):
@@ -713,10 +686,8 @@ def read_configs():
         if not isinstance(entries, dict):
             raise InputError(f'configs.yaml: {section} is missing, or has no entries by name')
         for name, x in entries.items():
-            words = [x.get(key, "") for key in ("model", "method")] if isinstance(x, dict) else []
-            if not isinstance(x, kind) or not all(isinstance(word, str) for word in words):
-                raise InputError(f'configs.yaml: {section}: {name} is {repr(x)[:100]}, and not a {kind.__name__} of '
-                                 'settings, with words for model and method, or of names')
+            if not isinstance(x, kind):
+                raise InputError(f'configs.yaml: {section}: {name} is {repr(x)[:100]}, and not a {kind.__name__}')
     return configs
 
 
@@ -766,7 +737,7 @@ def runs_of(args, configs):
 def tasks_of(configs, names, inside=()):
     """The tasks that names of tasks and groups stand for. inside: the groups that have these. Raises InputError."""
     tasks, groups = [], configs['groups']
-    for name in names:
+    for name in map(str, names):
         if name in inside:
             raise InputError(f'configs.yaml: the group {name} has itself among its members')
         tasks += tasks_of(configs, groups[name], (*inside, name)) if name in groups else [name]
@@ -805,20 +776,23 @@ def attempt(said, work, *arguments):
     try:
         return work(*arguments)
     except Exception as error:
-        if isinstance(error, OSError) and not own_place(error):
-            raise  # a full disk is the end of all
-        if (line := the_users(error)) not in said:
+        line = the_users(error)
+        if isinstance(error, OSError) and str(error) == line:
+            raise  # not of a file that came in: a full disk is the end of all
+        if line not in said:
             complain(line)
         said.add(line)
 
 
 def the_users(error):
-    """The line for an error that the user can mend. Raises it again if it is one of this program."""
+    """The line for an error that the user can mend, with its place in code that came in. Raises one of this program."""
+    places = [f'{data.LOADED[frame.filename]}, line {frame.lineno}'
+              for frame in traceback.extract_tb(error.__traceback__) if frame.filename in data.LOADED]
     if isinstance(error, torch.OutOfMemoryError):
         return ('the GPU has too little memory: --set batch=8 takes smaller batches, --set cache_gb=0 leaves the '
                 'pictures in their files; --again starts a run over')
-    if not isinstance(error, InputError) and (place := own_place(error)):
-        return f'{place}: {type(error).__name__}: {error}'
+    if places and not isinstance(error, InputError):
+        return f'{places[-1]}: {type(error).__name__}: {error}'
     if isinstance(error, (InputError, FloatingPointError, OSError, SyntaxError)):  # they name file or place
         return str(error)
     raise error
@@ -833,13 +807,6 @@ def say_results(results):
             + is_random(result['settings']))
 
 
-def own_place(error):
-    """FILE, line N: the last place in files of code that came in that an exception went through; '' if in none."""
-    places = [f'{data.LOADED[frame.filename]}, line {frame.lineno}'
-              for frame in traceback.extract_tb(error.__traceback__) if frame.filename in data.LOADED]
-    return places[-1] if places else ''
-
-
 def complain(what):
     """One line for the user."""
     line = ''.join(c if c.isprintable() else '?' for c in ' '.join(str(what).split()))
@@ -848,7 +815,6 @@ def complain(what):
 
 def program(work):
     """A program that does a work: its exit status; what the user got wrong is one line."""
-    @functools.wraps(work)
     def main(argv=None):
         try:
             return work(argv)

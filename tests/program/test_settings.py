@@ -65,15 +65,15 @@ def test_what_is_given_twice_is_refused(argv, said):
 
 
 @pytest.mark.parametrize('section, entry, said', [
-    ('tasks', None, 'tasks: mine is None, and not a dict of settings'),
-    ('tasks', {'method': ['vpt', 'ivpt']}, 'with words for model and method'),
+    ('tasks', None, 'tasks: mine is None, and not a dict'),
+    ('tasks', {'method': ['vpt', 'ivpt']}, 'unknown method'),
     ('groups', 'pets', "groups: mine is 'pets', and not a list"),
-    ('groups', ['mine'], 'the group mine has itself among its members')])
+    ('groups', [[3]], "unknown task '.3.'"), ('groups', ['mine'], 'the group mine has itself among its members')])
 def test_an_entry_of_another_kind_and_a_group_inside_itself_are_one_line(section, entry, said, monkeypatch):
     text = yaml.safe_dump(CONFIGS | {section: CONFIGS[section] | {'mine': entry}})
     monkeypatch.setattr(train, 'read_yaml', lambda *args: yaml.safe_load(text))
     with pytest.raises(InputError, match=said):
-        train.tasks_of(train.read_configs(), ['mine'])
+        train.runs_of(train.parser('').parse_args(['--task', 'mine']), train.read_configs())
 
 
 def test_every_task_method_and_model_of_configs_yaml_is_made_of_settings_that_are_known():
