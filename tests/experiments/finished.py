@@ -91,7 +91,7 @@ def check_answers(run, folder):
     scores = [task.score(rows)['accuracy'] for rows in (kept, found)]
     changed = train.differences(run.result['environment'], train.environment(run.compute.device))
     words = f'{100 * scores[1]:.2f}% of its first {n} pictures, and {100 * scores[0]:.2f}% when it was made'
-    if not changed or abs(scores[0] - scores[1]) > 2 / n:
+    if not changed or abs(scores[0] - scores[1]) > 2.5 / n:  # of two it is 2 / n, but for rounding
         raise InputError(f'{folder}: it answers otherwise than it did: {words}. Something that it is made of is not in '
                          'params.pth or has changed: code that its file imports, an attribute that is no buffer')
     train.say(f'{folder}: opened with {changed}, it has {words}')

@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import close
 from PIL import Image
-from pictures import CONFIGS, TINY, run
+from pictures import CONFIGS, run
 from strategies import METHODS, OTHERS, Case, cases, randomised
 
 import ivpt
@@ -417,6 +417,12 @@ def test_a_swin_starts_as_timms():
             assert not name.endswith('bias') or not x.any()
 
 
+def test_of_a_swins_biases_sgd_leaves_that_of_its_own_head_alone():
+    model = swin.Swin(48, 4, 3, swin.SIZES['nano'], num_classes=2)
+    free = [name for name, p in model.named_parameters() if not train.decays(name, p, train.Loop())]
+    assert free == ['head.fc.bias']
+
+
 def test_in_bfloat16_logits_are_finite_and_every_tuned_parameter_gets_a_gradient():
     """Bias and mask follow the number format of queries and keys."""
     model = tuned(SMALL, SIZES[0]).float()
@@ -456,8 +462,7 @@ def test_prompts_learn_some_pictures_of_shapes_while_the_swin_and_a_random_head_
 def test_a_run_on_a_swin_is_shown_with_a_map_for_each_layer_of_each_stage(tmp_path):
     argv, changes = ('--model', NANO, '--method', 'vpt,ivpt'), dict(DOOR, epochs=1, n_test=2)
     assert run(tmp_path, *argv, **changes) == 0
-    changes = TINY | changes | {'runs': tmp_path}
-    assert look.main([*argv, '--set', *(f'{name}={value}' for name, value in changes.items())]) == 0
+    assert run(tmp_path, *argv, program=look, **changes) == 0
     path, = tmp_path.rglob('*.png')
     with Image.open(path) as drawn:
         assert drawn.width == 2 + (1 + 6) * (look.TILE + 2)

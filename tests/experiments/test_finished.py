@@ -152,21 +152,29 @@ def test_a_run_that_does_not_answer_as_it_did_is_refused(kept, tmp_path, monkeyp
     refused(settings, 'code that its file imports')
 
 
-def test_on_another_machine_the_answers_may_differ_by_rounding_which_is_said(runs, monkeypatch, capsys):
-    """Here by one of the 20 pictures, or by none that was right."""
-    settings = tiny(runs=runs, **SMALL)
-    kept = finished.read_answers
+def test_the_first_pictures_are_compared_in_whole_batches(runs, monkeypatch):
+    """Batches of 16, and there are 20 pictures."""
+    compared, whole = [], train.answers
+    monkeypatch.setattr(train, 'answers', lambda *how: compared.append(len(how[2])) or whole(*how))
+    for first in 16, 17:
+        monkeypatch.setattr(finished, 'FIRST', first)
+        finished.open_run(tiny(runs=runs, **SMALL))
+    assert compared == [16, 20]
 
-    def changed(folder, n=1):
-        rows = kept(folder)
-        return [row | {'taken_for': '9'} if row['taken_for'] == row['class'] and i in found[:n] else row
-                for i, row in enumerate(rows)]
-    rows = kept(train.folder_of(settings))
-    found = [i for i, row in enumerate(rows) if row['taken_for'] == row['class']]
-    monkeypatch.setattr(finished, 'read_answers', changed)
+
+@pytest.mark.parametrize('right, p', [(6, 0.4), (8, 0.5), (9, 0.5)])
+def test_on_another_machine_the_answers_may_differ_by_rounding_and_in_two_pictures_which_is_said(
+        right, p, runs, monkeypatch, capsys):
+    """Of 20 pictures 6 were right, with probabilities of 0.5."""
+    def rows(right, p):
+        return [{'class': '1', 'taken_for': str(int(i < right)), 'probability': str(p)} for i in range(20)]
+    settings, environment = tiny(runs=runs, **SMALL), train.environment
+    monkeypatch.setattr(finished, 'read_answers', lambda folder: rows(6, 0.5))
+    monkeypatch.setattr(train, 'answers', lambda *how: rows(right, p))
     refused(settings, 'it answers otherwise than it did')
-    environment = train.environment
     monkeypatch.setattr(train, 'environment', lambda device: environment(device) | {'torch': '9.9'})
+    if right > 8:
+        return refused(settings, 'it answers otherwise than it did')
     finished.open_run(settings)
     assert "opened with torch '" in capsys.readouterr().out
 
@@ -223,7 +231,7 @@ def test_a_run_that_trained_everything_needs_no_other_file(tmp_path):
     train.run_all([full, bias])
     (tmp_path / 'a.pth').unlink()
     found, same = opened(full)
-    assert same and not train.is_random(found.result['settings'])
+    assert same and not train.is_random(train.as_dict(found.settings))
     with pytest.raises(vit.InputError, match='a.pth: there is no such file'):
         finished.open_run(bias)
 
@@ -256,6 +264,15 @@ def test_every_curve_has_its_colour_and_its_mark_in_the_picture_and_in_the_legen
     for i, colour in enumerate(curves.COLOURS):
         assert coloured(tmp_path / 'a.png', colour, (100, 80, 760, 420)) > 300
         assert coloured(tmp_path / 'a.png', colour, (80, 490 + 25 * i, 170, 510 + 25 * i)) > 100
+
+
+@pytest.mark.parametrize('other, title, legend', [
+    (('y', 'm', 'a'), 'm', ['x, a', 'y, a']), (('y', 'n', 'a'), '', ['x, m, a', 'y, n, a'])])
+def test_what_all_curves_share_is_the_title_and_the_legend_says_the_rest(other, title, legend, tmp_path, monkeypatch):
+    said, point = [], [(0, 1.0, 0.0)]
+    monkeypatch.setattr(curves.ImageDraw.ImageDraw, 'text', lambda draw, at, words, **how: said.append(words))
+    curves.lines(tmp_path / 'a.png', ('N', 'accuracy'), {0: '1'}, {('x', 'm', 'a'): point, other: point})
+    assert said[0] == title and said[-2:] == legend
 
 
 def test_of_two_curves_that_are_equal_no_error_bar_hides_the_other(tmp_path):
