@@ -134,7 +134,7 @@ def test_each_run_by_another_name_has_a_row_and_set_chooses_among_them(results, 
 
 
 @pytest.mark.parametrize('change, said', [
-    ({}, ''), ({'lr': 0.5}, ''), ({'weight_decay': 0.1, 'batch': 32}, ''),
+    ({}, ''), ({'lr': 0.5}, ''), ({'weight_decay': 0.1, 'batch': 32, 'precision': 'float32'}, ''),
     ({'img_size': 98}, 'img_size is 98 and not 224'), ({'N': 50}, 'N is 50 and not 10'),
     ({'k': 1}, 'k is 1 and not 10'), ({'n_test': 10}, 'test pictures is 10 and not 10000'),
     ({'epochs': 5}, 'epochs is 5 and not 100'), ({'readout': 'mean'}, "readout is 'mean' and not 'cls'"),
@@ -149,13 +149,24 @@ def test_the_papers_number_stands_only_beside_the_papers_experiment_and_a_line_s
     assert said in out and out.count('so without its number') == bool(said) + (said.startswith('test'))
 
 
-def test_pictures_that_are_not_those_of_the_official_lists_have_no_number_of_the_paper(results, reported):
-    by = 'tests/experiments/torchvision_sets.py:drawn'
-    settings = train.settings_of(CONFIGS, 'pets')
-    results('pets', 'vpt', 0, 0.5, identity={'pictures by': by, 'train names': '800 x', 'val names': '200 x',
-                                             'test names': f'{settings.pictures.n_test} x'})
+def test_what_the_grid_of_a_method_has_is_free_for_it_alone(results, reported):
+    results('cifar100', 'bi_adapter', 0, 0.5, {'scale': 10.0})
+    results('cifar100', 'lora', 0, 0.5, {'scale': 10.0})
     rows, out = reported()
-    assert len(rows) == 3 and f'lists is those of {by} and not the official ones (pets/vpt)' in out
+    assert len(rows) == 6 and 'scale is 10.0 and not 1.0 (cifar100/lora)' in out
+
+
+@pytest.mark.parametrize('name, x, said', [
+    ('pictures by', 'a.py:drawn', 'lists is those of a.py:drawn and not the official ones'),
+    ('train names', '799 x', 'train pictures is 799 and not 800'),
+    ('val names', '201 x', 'val pictures is 201 and not 200'),
+    ('test names', '3668 x', 'test pictures is 3668 and not 3669')])
+def test_pictures_that_are_not_those_of_the_official_lists_have_no_number_of_the_paper(
+        name, x, said, results, reported):
+    theirs = {'pictures by': 'vtab', 'train names': '800 x', 'val names': '200 x', 'test names': '3669 x'}
+    results('pets', 'vpt', 0, 0.5, identity=theirs | {name: x})
+    rows, out = reported()
+    assert len(rows) == 3 and f'{said} (pets/vpt)' in out and out.count('not the paper') == 1
 
 
 def test_a_number_of_the_paper_that_hides_something_is_explained_below_the_table(results, reported):
@@ -169,12 +180,14 @@ def test_a_number_of_the_paper_that_hides_something_is_explained_below_the_table
 
 @pytest.mark.parametrize('group, method, count', [('fgvc', 'ivpt', '0.41M'), ('fgvc', 'vpt', '0.85M'),
                                                   ('vtab', 'vpt', '0.60M'), ('natural', 'vpt', '')])
-def test_the_papers_count_of_parameters_stands_beside_all_tasks_that_it_is_the_mean_of(group, method, count, results,
-                                                                                     reported):
-    for task in train.tasks_of(CONFIGS, [group]):
+def test_the_papers_count_of_parameters_stands_beside_all_tasks_that_it_is_the_mean_of_and_no_fewer(
+        group, method, count, results, reported):
+    *tasks, last = train.tasks_of(CONFIGS, [group])
+    for task in tasks:
         results(task, method, 0, 0.5)
-    rows, _ = reported('--task', group)
-    assert rows[3][:2] == ['the paper', count]
+    assert reported('--task', group)[0][3][:2] == ['the paper', '']
+    results(last, method, 0, 0.5)
+    assert reported('--task', group)[0][3][:2] == ['the paper', count]
 
 
 def test_the_paper_s_settings_of_e2vpt_and_bias_on_a_task_are_those_of_configs_yaml():
