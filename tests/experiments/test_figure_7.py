@@ -72,6 +72,11 @@ def test_reinforced_patches_are_outlined_and_no_other(patch):
     assert not changed[y.min() + 4:y.max() - 3, x.min() + 4:x.max() - 3].any()  # an outline and no area
 
 
+def test_the_legend_goes_from_black_to_white():
+    colours = look.legend(torch.empty(3, 1, 3 * TILE))[:, 9, TILE:2 * TILE].int().sum(dim=0)
+    assert colours[0] == 0 and colours[-1] == 3 * 255 and (colours.diff() >= 0).all()
+
+
 # ---- The picture ----------------------------------------------------------------------------------------
 
 

@@ -381,9 +381,10 @@ def test_a_run_from_the_command_line_ends_with_status_0_and_says_what_it_did(tmp
         (method, f'seed{seed}') for method in ('linear', 'ivpt') for seed in (0, 1)}
     out, err = capsys.readouterr()
     assert not err
-    for said in ('where_blue: 40 + 10 images', '20 for testing', 'vit_nano_patch8_48', 'weights random',
-                 'P [6, 10, 64]', 'gamma [5, 10, 10]', 'P_re [5, 4, 64]', 'head.weight [9, 64]', 'mean [0.5, 0.5, 0.5]',
-                 'numbers   float32: as asked for', 'method    ivpt, seed 1: 0.006M trained'):
+    for said in ('where_blue: 40 + 10 images', '20 for testing, 9 classes', 'vit_nano_patch8_48', 'weights random',
+                 'at 24 pixels, 0.32M parameters in all', 'P [6, 10, 64]', 'gamma [5, 10, 10]', 'P_re [5, 4, 64]',
+                 'head.weight [9, 64]', 'mean [0.5, 0.5, 0.5]', 'numbers   float32: as asked for',
+                 'method    ivpt, seed 1: 0.006M trained'):
         assert said in out
     assert out.count('epoch   2/2') == 4 and out.count('% of 20 images, random weights. ') == 4
     lines = [line for line in out.splitlines() if line.startswith('where_blue  ')]

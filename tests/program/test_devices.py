@@ -37,18 +37,22 @@ def test_on_a_cpu_auto_is_bfloat16_where_it_has_instructions_for_it_and_the_mode
 @pytest.fixture
 def with_loss(monkeypatch):
     """Runs have another loss: a function of logits and labels."""
-    def use(loss):
-        monkeypatch.setattr(data, 'load', lambda settings, load=data.load: replace(load(settings), loss=loss))
+    def use(loss, **more):
+        monkeypatch.setattr(data, 'load', lambda settings, load=data.load: replace(load(settings), loss=loss, **more))
     return use
 
 
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'float16'])
 def test_a_run_is_in_the_format_that_is_asked_for_and_says_so_and_goes_on_in_no_other(
         precision, tmp_path, capsys, with_loss):
-    seen = set()
-    with_loss(lambda logits, labels: seen.add(logits.dtype) or F.cross_entropy(logits, labels))
+    seen, scored = set(), set()
+
+    def answers(model, pictures, *how):
+        scored.add(model(next(data.batches(pictures, *how))[0]).dtype)
+        return data.answers(model, pictures, *how)
+    with_loss(lambda logits, labels: seen.add(logits.dtype) or F.cross_entropy(logits, labels), answers=answers)
     result = train.run(tiny(runs=tmp_path, precision=precision, **SMALL))
-    assert seen == {getattr(torch, precision)} and result['identity']['precision'] == precision
+    assert seen == scored == {getattr(torch, precision)} and result['identity']['precision'] == precision
     assert f'numbers   {precision}: as asked for' in capsys.readouterr().out
     folder, = tmp_path.rglob('seed0')
     auto = tiny(runs=tmp_path, precision='auto', **SMALL)  # float32 for a nano ViT on any CPU
