@@ -13,6 +13,7 @@ from sweep import labelled, take_grid
 from vit import InputError
 
 FIRST = 64  # pictures that a run which is opened again has to answer as it did
+ROUNDING = 0.001  # of a probability, on another processor
 
 
 class Run(NamedTuple):
@@ -56,8 +57,9 @@ def open_run(settings, given=(), photos=False):
     own = replace(own, machine=replace(own.machine, **here))
     device = train.find_device(own.machine.device)
     train.seed(own.loop.seed)
+    shown = replace(own, pictures=replace(own.pictures, instead='')) if photos else own  # photos: nothing is downloaded
     try:
-        task = data.load(own)
+        task = data.load(shown)
         pictures = data.digest(task, own.machine.data)
     except InputError:
         if not photos or '.py:' in own.pictures.source:
@@ -76,17 +78,17 @@ def open_run(settings, given=(), photos=False):
 
 
 def check_answers(run, folder):
-    """Raise InputError if a run that is opened again does not answer its first pictures as it did: to the bit on the
-    same device with the same versions; else with the same score, but for two of them, which is said."""
+    """Raise InputError if a run that is opened again does not answer its first pictures as it did, but for the rounding
+    of another processor; with other versions or another device the score may differ by two of them, which is said."""
     settings, task = run.settings, run.task
-    _, pictures = train.sets(task, settings) if task.test else ([], [])
+    _, pictures = train.sets(task, settings) if task.train else ([], [])
     n = min(len(pictures), settings.loop.batch * math.ceil(FIRST / settings.loop.batch))  # whole batches: the same bits
     if not n:
         return train.say(f'{folder}: its pictures are not here, and its answers are not compared with those it gave')
     found = train.answers(run.model, task, [pictures[i] for i in range(n)], settings, run.compute)
     found = train.from_csv(train.as_csv(found))
     kept = [{name: row[name] for name in found[0]} for row in read_answers(folder)[:n]]
-    if found == kept:
+    if all(map(alike, found, kept)):
         return None
     scores = [task.score(rows)['accuracy'] for rows in (kept, found)]
     changed = train.differences(run.result['environment'], train.environment(run.compute.device))
@@ -95,6 +97,12 @@ def check_answers(run, folder):
         raise InputError(f'{folder}: it answers otherwise than it did: {words}. Something that it is made of is not in '
                          'params.pth or has changed: code that its file imports, an attribute that is no buffer')
     train.say(f'{folder}: opened with {changed}, it has {words}')
+
+
+def alike(row, other):
+    """Whether two answers are the same, but for the rounding of a probability."""
+    return all(x == other[name] or name == 'probability' and abs(float(x) - float(other[name])) < ROUNDING
+               for name, x in row.items())
 
 
 def read_answers(folder):

@@ -15,6 +15,7 @@ from PIL import Image
 from pictures import NANO, no_network, run, save_picture, tiny, vtab  # noqa: F401
 
 import curves
+import data
 import finished
 import look
 import noise
@@ -162,6 +163,17 @@ def test_the_first_pictures_are_compared_in_whole_batches(runs, monkeypatch):
     assert compared == [16, 20]
 
 
+@pytest.mark.parametrize('more, same', [(0.0005, True), (-0.0005, True), (0.002, False)])
+def test_a_probability_may_differ_by_the_rounding_of_another_processor(more, same, runs, monkeypatch):
+    settings, kept = tiny(runs=runs, **SMALL), finished.read_answers
+    monkeypatch.setattr(finished, 'read_answers', lambda folder: [
+        row | {'probability': str(float(row['probability']) + more)} for row in kept(folder)])
+    if same:
+        finished.open_run(settings)
+    else:
+        refused(settings, 'it answers otherwise than it did')
+
+
 @pytest.mark.parametrize('right, p', [(6, 0.4), (8, 0.5), (9, 0.5)])
 def test_on_another_machine_the_answers_may_differ_by_rounding_and_in_two_pictures_which_is_said(
         right, p, runs, monkeypatch, capsys):
@@ -193,7 +205,9 @@ def test_a_run_is_opened_with_its_own_pictures_wherever_they_are(tmp_path):
     with pytest.raises(vit.InputError, match='could not be downloaded'):
         finished.open_run(pets(tmp_path, 'moved'))  # that its data have moved is not said
     assert opened(pets(tmp_path, 'moved'), given=['data'])[1]
-    assert finished.open_run(pets(tmp_path), photos=True).task.test == []  # no picture is needed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(data, 'from_file')  # by which torchvision's data set would be downloaded
+        assert finished.open_run(pets(tmp_path), photos=True).task.test == []  # no picture is needed
     lines = tmp_path / 'moved' / root.relative_to(tmp_path / 'data') / 'train800.txt'
     lines.write_text('images/train800/000000.jpg 5\n' + lines.read_text().split('\n', 1)[1])
     refused(pets(tmp_path, 'moved'), "train labels '", given=['data'])
