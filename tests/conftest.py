@@ -12,9 +12,9 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), *(str(TESTS / name) for name in ('equations', 'program', 'experiments', 'tools'))]
 
 # The same cases at every run, so that a red run is red again. A failure prints @reproduce_failure, the way
-# to replay it. `HYPOTHESIS_PROFILE=thorough pytest` draws 20 times more, and new ones each time.
+# to replay it. `HYPOTHESIS_PROFILE=thorough pytest` draws 30 times more, and new ones each time.
 common = dict(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile('default', max_examples=50, derandomize=True, **common)
+settings.register_profile('default', max_examples=30, derandomize=True, **common)
 settings.register_profile('thorough', max_examples=1000, **common)
 settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'default'))
 

@@ -243,7 +243,8 @@ def test_what_the_code_of_a_task_or_a_method_raises_is_one_line_with_its_place_a
     greys += '\n\ndef wrong(rows):\n    return rows[0][0]\n'
     (tmp_path / 'mine.py').write_text(greys)
     methods = 'method.py:Fails,method.py:Flat,linear'
-    assert run(tmp_path / 'runs', '--task', 'mine.py:greys,mine.py:task', '--method', methods, **SMALL) == 2
+    argv = '--task', 'mine.py:greys,mine.py:task', '--method', methods, '--model', NANO
+    assert run(tmp_path / 'runs', *argv, **SMALL) == 2
     line = greys.splitlines().index('    return rows[0][0]') + 1
     assert capfd.readouterr().err.splitlines() == [
         'error: method.py, line 12: ZeroDivisionError: division by zero',
