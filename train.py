@@ -39,7 +39,6 @@ import yaml
 
 import data
 import vit
-from data import Pictures
 from ivpt import IVPT, Prompts
 from vit import Backbone, InputError
 
@@ -153,11 +152,9 @@ def record(epoch, losses, optimizer, start):
 
 def make_optimizer(model, loop):
     """SGD with momentum (4.1), or AdamW (full fine-tuning), of all that requires a gradient."""
-    decaying, others = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (decaying if decays(name, p, loop) else others).append(p)
-    groups = [{'params': decaying}, {'params': others, 'weight_decay': 0.0}]
+    learned = [(p, decays(name, p, loop)) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{'params': [p for p, decaying in learned if decaying]},
+              {'params': [p for p, decaying in learned if not decaying], 'weight_decay': 0.0}]
     if loop.optimizer == 'SGD':
         return torch.optim.SGD(groups, loop.lr, loop.momentum, weight_decay=loop.weight_decay)
     return torch.optim.AdamW(groups, loop.lr, weight_decay=loop.weight_decay)
@@ -191,7 +188,7 @@ def find_device(name='auto'):
         name = f'{torch.accelerator.current_accelerator()}:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         return torch.empty(0, device='cpu' if name == 'auto' else name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
         raise InputError(f'device {name} cannot be used ({why}); --set device=cpu always can') from None
 
@@ -230,7 +227,7 @@ def run(settings, again=False):
         folder.rename(before)
     elif result:
         same(result, about, folder)
-        say(f'{folder}: finished before, {100 * result["accuracy"]:.2f}%; --again runs it again')
+        say(f'{folder}: finished before, {result["accuracy"]:.2%}; --again runs it again')
         return result
     return fit(folder, model.to(device), task, settings, compute, about)
 
@@ -243,26 +240,20 @@ def make_model(settings, task):
     backbone = make_backbone(settings, len(task.classes) if whole else 0)
     weights = [name.encode() + x.numpy().tobytes() for name, x in backbone.state_dict().items()
                if not name.startswith('head.')]
-    identity = {'backbone': digest(b''.join(weights))[:12],
-                'pictures by': task.source or settings.pictures.source}
-    for where in filter(is_code, (identity['pictures by'], settings.loop.tune, settings.backbone.build)):
-        name = f'code of {Path(where).name}'  # two files may have one name
-        identity[name] = identity.get(name, '') + digest(data.find(where).read_bytes())[:12]
+    identity = {'backbone': digest(b''.join(weights))[:12], 'pictures by': task.source or settings.pictures.source}
+    for where in identity['pictures by'], settings.loop.tune, settings.backbone.build:
+        if '.py:' in where:
+            name = f'code of {Path(where).name}'  # two files may have one name
+            identity[name] = identity.get(name, '') + digest(data.find(where).read_bytes())[:12]
     model = tuned(backbone, len(task.classes), settings)
     return model if task.head is None else task.head(model, len(task.classes)), identity
-
-
-def is_code(where):
-    """Whether a setting is FILE.py:NAME."""
-    return '.py:' in where
 
 
 def make_backbone(settings, num_classes):
     """The model by its name, or by FILE.py:NAME, a function f(settings, num_classes), with its weights. 0: no head."""
     how, weights = settings.backbone, settings.machine.weights
     if not weights:
-        raise InputError(f'{settings.model} has no weights of its own: name a file with --weights FILE, or ask for '
-                         'random values with --weights random')
+        raise InputError(f'{settings.model} has no weights of its own: name a file with --weights FILE, or random')
     if how.build:
         backbone = data.from_file(how.build, check_module, settings, num_classes)
     else:
@@ -279,13 +270,11 @@ def tuned(backbone, num_classes, settings):
     tune = settings.loop.tune
     if tune == 'prompts':
         return getattr(backbone, 'IVPT', IVPT)(backbone, num_classes, settings.prompts)  # a Swin has its own
-    if is_code(tune):
+    if '.py:' in tune:
         return data.from_file(tune, check_module, backbone.requires_grad_(False), num_classes, settings)
-    if tune == 'head':
-        backbone.requires_grad_(False).head.requires_grad_(True)
-    if tune == 'bias':  # BitFit (Zaken et al., 2022)
+    if tune in ('head', 'bias'):  # bias: BitFit (Zaken et al., 2022)
         for name, p in backbone.named_parameters():
-            p.requires_grad_(name.endswith('.bias') or name.startswith('head.'))
+            p.requires_grad_(name.startswith('head.') or (tune == 'bias' and name.endswith('.bias')))
     return backbone
 
 
@@ -312,7 +301,7 @@ def fit(folder, model, task, settings, compute, about):
     if hasattr(model, 'prepare'):  # a method's own: it gets the training pictures, in batches, before training
         model.prepare(data.batches(task.train, settings, compute.device))
     header(model, task, settings, compute, about)
-    rehearse(model, task, [learn[0]], settings, compute)
+    rehearse(model, task, learn[0], settings, compute)
     scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == 'float16')
     state, warned = State(model, make_optimizer(model, loop), scaler, []), False
     resume(folder, state, about)
@@ -328,9 +317,8 @@ def fit(folder, model, task, settings, compute, about):
             if above and (not warned or done['epoch'] == loop.epochs):  # the first time, and in the end
                 say(f'          the loss is above that of a guess, {guess:.3g}, and may stay there. {lower}')
             warned = warned or above
-        found = answers(model, task, score, settings, compute)
-        rows = [{'picture': name, **row} for name, row in zip(names, found)]
-        return finish(folder, state, task, rows, about)
+        rows = answers(model, task, score, settings, compute)
+        return finish(folder, state, task, [{'picture': name} | row for name, row in zip(names, rows)], about)
     except (FloatingPointError, KeyboardInterrupt) as stop:
         kept = f'{len(state.records)} of {loop.epochs} epochs are kept in {folder}'
         if isinstance(stop, KeyboardInterrupt):
@@ -339,16 +327,14 @@ def fit(folder, model, task, settings, compute, about):
 
 
 @torch.no_grad()
-def rehearse(model, task, pictures, settings, compute):
+def rehearse(model, task, picture, settings, compute):
     """Let a model answer before it is trained: what is wrong with it is found out now. Raises InputError."""
-    images, _ = next(data.batches(pictures, settings, compute.device))
-    with compute.autocast():
-        logits = model.eval()(images)
-    C = len(task.classes)
-    if task.loss is torch.nn.functional.cross_entropy and logits.shape != (len(images), C):
-        raise InputError(f'{settings.method}: its logits of {len(images)} images are {[*logits.shape]}, and not '
-                         f'{[len(images), C]}')
-    scores_of(task, as_csv(answers(model, task, pictures, settings, compute)))
+    images, _ = next(data.batches([picture], settings, compute.device))
+    logits = model.eval()(images)
+    right = 1, len(task.classes)
+    if task.loss is torch.nn.functional.cross_entropy and logits.shape != right:
+        raise InputError(f'{settings.method}: its logits of 1 images are {[*logits.shape]}, and not {[*right]}')
+    scores_of(task, as_csv(answers(model, task, [picture], settings, compute)))
 
 
 @torch.no_grad()
@@ -364,8 +350,7 @@ def answers(model, task, pictures, settings, compute):
 
 def sets(task, settings):
     """The pictures to train on and those to score. Raises InputError if there are none."""
-    test = settings.loop.score_on == 'test'
-    learn, score = (task.train + task.val, task.test) if test else (task.train, task.val)
+    learn, score = (task.train + task.val, task.test) if settings.loop.score_on == 'test' else (task.train, task.val)
     if not len(learn) or not len(score):
         raise InputError(f'{len(learn)} images to train on and {len(score)} of {settings.loop.score_on} to score: look '
                          'at n_train and n_val, and at the lists of the data set')
@@ -377,17 +362,17 @@ def finish(folder, state, task, rows, about):
     settings, loop = about['settings'], about['settings']['loop']
     params = io.BytesIO()
     torch.save({name: x.to('cpu') for name, x in trained(state.model).items()}, params)
-    files = {'params.pth': params.getvalue(), 'predictions.csv': as_csv(rows)}
-    result = {**{name: settings[name] for name in ('task', 'model', 'method')}, 'seed': loop['seed'],
-              'score_on': loop['score_on'], 'measure': task.measure, **scores_of(task, files['predictions.csv']),
+    params, predictions = params.getvalue(), as_csv(rows)
+    result = {'task': settings['task'], 'model': settings['model'], 'method': settings['method'], 'seed': loop['seed'],
+              'score_on': loop['score_on'], 'measure': task.measure, **scores_of(task, predictions),
               'images': len(rows), 'trained_parameters': count(state.model), 'final_loss': state.records[-1]['loss'],
               'seconds': sum(record['seconds'] for record in state.records), 'classes': task.classes, **about,
-              **{f'{Path(name).stem}_digest': digest(content) for name, content in files.items()}}
-    files['result.json'] = (json.dumps(signed(result), indent=1) + '\n').encode()
-    for name, content in files.items():
-        write(folder / name, content)
-    say(f'{loop["score_on"]} {task.measure} after the last epoch: {100 * result["accuracy"]:.2f}% of '
-        f'{len(rows)} images{is_random(settings)}. {folder}\n')
+              'params_digest': digest(params), 'predictions_digest': digest(predictions)}
+    write(folder / 'params.pth', params)
+    write(folder / 'predictions.csv', predictions)
+    write(folder / 'result.json', (json.dumps(signed(result), indent=1) + '\n').encode())
+    say(f'{loop["score_on"]} {task.measure} after the last epoch: {result["accuracy"]:.2%} of {len(rows)} images'
+        f'{is_random(settings)}. {folder}\n')
     return result
 
 
@@ -410,14 +395,11 @@ def header(model, task, settings, compute, about):
     """Say what is about to be trained, on what, with what."""
     how, size = settings.backbone, sum(p.numel() for p in model.parameters())
     shapes = [f'{name} {list(p.shape)}' for name, p in trained(model).items()]
-    say(f'task      {settings.task}: {len(task.train)} + {len(task.val)} images for training and validation, '
-        f'{len(task.test)} for testing, {len(task.classes)} classes')
-    for note in task.notes:
-        say(f'          {note}')
+    images = f'{len(task.train)} + {len(task.val)} images for training and validation, {len(task.test)} for testing'
+    say('\n          '.join([f'task      {settings.task}: {images}, {len(task.classes)} classes', *task.notes]))
     say(f'backbone  {settings.model} at {how.img_size} pixels, {size / 1e6:.2f}M parameters in all, weights '
         f'{settings.machine.weights} ({about["identity"]["backbone"]})')
-    say(f'pixels    mean {[*how.mean]}, std {[*how.std]}; if the weights were trained with others: --set mean=[...] '
-        'std=[...]')
+    say(f'pixels    mean {[*how.mean]}, std {[*how.std]}; if the weights were trained with others: --set mean= std=')
     say(f'method    {settings.method}, seed {settings.loop.seed}: {count(model) / 1e6:.3f}M trained '
         f'({", ".join(shapes) if len(shapes) < 6 else f"{len(shapes)} tensors"})')
     say('device    ' + ', '.join(f'{name} {value}' for name, value in about['environment'].items()))
@@ -441,9 +423,8 @@ def name_of(settings):
 
 
 def folder_of(settings):
-    """Where a run writes."""
-    names = settings.task, settings.model, name_of(settings)
-    names = [re.sub(r'[^\w.+=,-]', '_', name) for name in names]  # of a function in a file: its path
+    """Where a run writes. The name of a function in a file has its path, whose slashes become `_`."""
+    names = [re.sub(r'[^\w.+=,-]', '_', name) for name in (settings.task, settings.model, name_of(settings))]
     return Path(settings.machine.runs, *names, f'seed{settings.loop.seed}')
 
 
@@ -472,17 +453,15 @@ def write(path, content):
 
 def save(folder, state, about):
     """Write a checkpoint, with all that the next epoch depends on, and log.jsonl, a line an epoch."""
-    model, optimizer, scaler, records = state
     file = io.BytesIO()
-    torch.save(about | {'records': records, 'trained': trained(model), 'optimizer': optimizer.state_dict(),
-                        'scaler': scaler.state_dict()}, file)
+    torch.save(about | {'records': state.records, 'trained': trained(state.model),
+                        'optimizer': state.optimizer.state_dict(), 'scaler': state.scaler.state_dict()}, file)
     write(folder / 'checkpoint.pth', file.getvalue())
-    write(folder / 'log.jsonl', ''.join(json.dumps(record) + '\n' for record in records).encode())
+    write(folder / 'log.jsonl', ''.join(json.dumps(record) + '\n' for record in state.records).encode())
 
 
 def resume(folder, state, about):
     """Put a state where the folder's checkpoint left it. One that is damaged is not used, which is said."""
-    model, optimizer, scaler, records = state
     path = folder / 'checkpoint.pth'
     if not path.exists():
         return
@@ -492,11 +471,11 @@ def resume(folder, state, about):
     except Exception:  # cut short, a wrong checksum, code, which is not run
         return say(f'{path} is damaged and is not used')
     same(found, about, folder)
-    model.load_state_dict(model.state_dict() | found['trained'])
-    optimizer.load_state_dict(found['optimizer'])
-    scaler.load_state_dict(found['scaler'])
-    records.extend(found['records'])
-    say(f'resumed   after epoch {len(records)}, from {folder}')
+    state.model.load_state_dict(state.model.state_dict() | found['trained'])
+    state.optimizer.load_state_dict(found['optimizer'])
+    state.scaler.load_state_dict(found['scaler'])
+    state.records.extend(found['records'])
+    say(f'resumed   after epoch {len(state.records)}, from {folder}')
     if changed := differences(found['environment'], about['environment']):
         say(f'          with {changed}: not the same bits as without an interruption')
 
@@ -561,14 +540,13 @@ def from_csv(content):
 
 # ---- Settings -------------------------------------------------------------------------------------------
 
-GROUPS = {'backbone': Backbone, 'prompts': Prompts, 'pictures': Pictures, 'loop': Loop, 'machine': Machine}
+GROUPS = {'backbone': Backbone, 'prompts': Prompts, 'pictures': data.Pictures, 'loop': Loop, 'machine': Machine}
 TYPES = {x.name: x.type for group in GROUPS.values() for x in fields(group)}  # of each setting, with its range
 DEFAULTS = {x.name: x.default for group in GROUPS.values() for x in fields(group)}
 DOORS = {'models': 'build', 'tasks': 'source', 'methods': 'tune'}  # the setting that FILE.py:NAME stands for
 OTHERS = ('model', 'method', 'grid', 'per_task')  # what an entry may say beside settings; see configs.yaml
 UNNAMED = {'seed', *(x.name for x in fields(Machine))}  # they give a run's folder no name
-KINDS = {int: 'a whole number', float: 'a number', tuple: 'three numbers', bool: 'true or false', str: 'a word',
-         list: 'a list'}
+KINDS = {int: 'a whole number', float: 'a number', tuple: 'three numbers', bool: 'true or false', str: 'a word'}
 
 
 @dataclass(frozen=True)
@@ -580,7 +558,7 @@ class Settings:
     method: str
     backbone: Backbone
     prompts: Prompts
-    pictures: Pictures
+    pictures: data.Pictures
     loop: Loop
     machine: Machine
     options: object  # what an entry says to a function in a file: a frozen dataclass, too
@@ -597,44 +575,41 @@ def settings_of(configs, task, model=None, method=None, changes=None):
     types, values = dict(TYPES), dict(DEFAULTS)
     for section, name in ('models', model), ('tasks', task), ('methods', method):
         layer = {key: x for key, x in entry(configs, section, name, task).items() if key not in OTHERS}
-        if is_code(str(layer.get(DOORS[section]))):  # its function in a file has settings of its own
+        if '.py:' in str(layer.get(DOORS[section])):  # its function in a file has settings of its own
             types |= {key: type(x) for key, x in layer.items() if key not in TYPES}
         values |= {key: checked(key, x, types, f'{section}: {name}') for key, x in layer.items()}
     changes = {key: checked(key, x, types, '--set') for key, x in (changes or {}).items()}
     changed = {key: x for key, x in changes.items() if x != values.get(key) and key not in UNNAMED}
     values |= changes
-    values['img_size'] = values['img_size'] or pixels_of(model, values['build'])
-    groups = {name: group(**{x.name: values[x.name] for x in fields(group)})
-              for name, group in GROUPS.items()}
-    own = {key: x for key, x in values.items() if key not in TYPES}
+    if not values['img_size']:  # it is what the model's name ends in
+        ending = re.search(r'_(\d{1,5})(\..*)?$', model)
+        if values['build'] and not ending:
+            raise InputError(f'{model}: its name has no image size: --set img_size=PIXELS')
+        values['img_size'] = int(ending[1]) if values['build'] else vit.parse_name(model)[2]
     try:
-        options = make_dataclass('Options', own, frozen=True)(**own)
+        groups = GROUPS | {'options': make_dataclass('Options', [x for x in types if x not in TYPES], frozen=True)}
+        groups = {name: group(**{x.name: values[x.name] for x in fields(group)}) for name, group in groups.items()}
     except TypeError as error:  # a name that Python does not take
         raise InputError(f'configs.yaml: a setting of {task}, {model} or {method}: {error}') from None
-    return Settings(task, model, method, **groups, options=options, changes=changed)
-
-
-def pixels_of(model, build):
-    """The image size that a model's name ends in. build: FILE.py:NAME, if that makes it."""
-    ending = re.search(r'_(\d{1,5})(\..*)?$', model)
-    if build and not ending:
-        raise InputError(f'{model}: its name has no image size: --set img_size=PIXELS')
-    return int(ending[1]) if build else vit.parse_name(model)[2]
+    return Settings(task, model, method, **groups, changes=changed)
 
 
 def entry(configs, section, name, task=''):
     """An entry of configs.yaml by name, with what it says of a task. FILE.py:NAME needs none, nor does NAME of a model
     without .PRETRAINING. Raises InputError."""
-    if name in configs[section]:
-        found = configs[section][name]
-        return found | found.get('per_task', {}).get(task, {})
-    if is_code(name):
+    known, (plain, dot, _) = configs[section], name.partition('.')
+    if name in known:
+        more = known[name].get('per_task', {})
+        more = more.get(task, {}) if isinstance(more, dict) else more
+        if not isinstance(more, dict):
+            raise InputError(f'configs.yaml: {section}: {name}: per_task has settings by task, not {repr(more)[:100]}')
+        return known[name] | more
+    if '.py:' in name:
         return {DOORS[section]: name}
-    if section == 'models' and '.' not in name:
-        return {}
-    plain, known = name.partition('.')[0], configs[section]
     if section != 'models':
         raise InputError(f'unknown {section[:-1]} {name!r}{nearest(name, known)}')
+    if not dot:
+        return {}
     like = [x for x in known if x.startswith(f'{plain}.')]  # another model is no answer to another pre-training
     raise InputError(f'unknown model {name!r}{nearest(name, like) if like else ""}; with weights of your own it is '
                      f'--model {plain} --weights FILE')
@@ -651,21 +626,22 @@ def checked(name, value, types, where):
     if name not in types:
         raise InputError(f'{where}: unknown setting {name!r}{nearest(str(name), types)}')
     kind, *rule = get_args(types[name]) or (types[name],)
-    given, right, words = value, True, KINDS.get(kind, 'of another type')
+    given, words = value, KINDS.get(kind, f'a {kind.__name__}')
     if type(given) is str and kind not in (str, int, float):
         value = read_yaml(given, f'{where} {name}')
     if kind in (str, int, float) and type(given) in (str, int) or (kind, type(value)) == (tuple, list):
         with suppress(ValueError, OverflowError):
             value = kind(value)  # YAML takes 1e-3 for a word
+    right = type(value) is kind
     if rule and kind is str:
         words = f'one of {", ".join(filter(None, rule))}'
-        right = value in rule or ('FILE.py:NAME' in rule and is_code(str(value)))
+        right = value in rule or (right and 'FILE.py:NAME' in rule and '.py:' in value)
     elif rule:
-        words = f'{words} from %g to %g' % (*rule,)
+        words = f'{words} from {rule[0]:g} to {rule[1]:g}'
         numbers = value if type(value) is tuple else [value]
-        right = len(numbers) == (3 if kind is tuple else 1)
+        right = right and len(numbers) == (3 if kind is tuple else 1)
         right = right and all(type(x) in (int, float) and rule[0] <= x <= rule[1] for x in numbers)
-    if type(value) is not kind or not right:
+    if not right:
         raise InputError(f'{where}: {name} is {words}, not {repr(given)[:100]}')
     return value
 
@@ -695,7 +671,9 @@ def read_configs():
 
 
 def parser(doc):
-    """What all programs take from the command line."""
+    """What all programs take from the command line. A mistake is one line, as all others."""
+    def refuse(message):
+        raise InputError(f'{message}; a setting is changed by --set NAME=VALUE, and --help lists the options')
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = refuse
@@ -717,11 +695,6 @@ class Once(argparse.Action):
         if option in vars(namespace):
             raise InputError(f'{option} is given twice: write {option} A,B')
         vars(namespace).update({self.dest: values, option: True})
-
-
-def refuse(message):
-    """What argparse does with an error of its own: one line, as all others."""
-    raise InputError(f'{message}; a setting is changed by --set NAME=VALUE, and --help lists the options')
 
 
 def runs_of(args, configs):
@@ -746,14 +719,14 @@ def tasks_of(configs, names, inside=()):
 
 def changed(args):
     """The settings that a command line changes, as texts by name."""
-    given = [change.partition('=') for change in args.set]
-    given += [(name, '=', getattr(args, name)) for name in ('weights', 'data') if getattr(args, name) is not None]
-    changes = {name: os.path.expanduser(value) for name, _, value in given}
-    names = [name for name, *_ in given]
-    if twice := [name for name in changes if names.count(name) > 1]:
-        raise InputError(f'--set {twice[0]}: it is given twice; give it once')
-    for name in changes.keys() & {'task', 'method', 'model', 'seed'}:
-        raise InputError(f'--set {name}={changes[name]}: write --{name} {changes[name]}')
+    changes = {}
+    given = args.set + [f'{name}={x}' for name in ('weights', 'data') if (x := getattr(args, name)) is not None]
+    for name, _, value in (change.partition('=') for change in given):
+        if name in changes:
+            raise InputError(f'--set {name}: it is given twice; give it once')
+        if name in ('task', 'method', 'model', 'seed'):
+            raise InputError(f'--set {name}={value}: write --{name} {value}')
+        changes[name] = os.path.expanduser(value)
     if 'data' in changes and not os.path.isdir(changes['data']):
         raise InputError(f'{changes["data"]}: there is no such folder of data sets; make it to download them there')
     return changes
@@ -762,13 +735,6 @@ def changed(args):
 def named(text):
     """The names in A,B,..., each once; none in None."""
     return list(dict.fromkeys(text.split(','))) if text else []
-
-
-def run_all(runs, again=False):
-    """The results of runs, one after another. What is wrong with one is said once, and the next has its turn."""
-    said = set()
-    results = [attempt(said, run, settings, again) for settings in runs]
-    return [result for result in results if result]
 
 
 def attempt(said, work, *arguments):
@@ -789,8 +755,7 @@ def the_users(error):
     places = [f'{data.LOADED[frame.filename]}, line {frame.lineno}'
               for frame in traceback.extract_tb(error.__traceback__) if frame.filename in data.LOADED]
     if isinstance(error, torch.OutOfMemoryError):
-        return ('the GPU has too little memory: --set batch=8 takes smaller batches, --set cache_gb=0 leaves the '
-                'pictures in their files; --again starts a run over')
+        return 'the GPU has too little memory: --set batch=8 takes smaller batches, --set cache_gb=0 keeps no pictures'
     if places and not isinstance(error, InputError):
         return f'{places[-1]}: {type(error).__name__}: {error}'
     if isinstance(error, (InputError, FloatingPointError, OSError, SyntaxError)):  # they name file or place
@@ -802,9 +767,8 @@ def say_results(results):
     """A line for each result."""
     for result in results:
         spent = timedelta(seconds=round(result['seconds']))
-        say('{task:16} {model:32} {method:12} seed {seed}  '.format(**result)
-            + f'{100 * result["accuracy"]:6.2f}%  {result["trained_parameters"] / 1e6:.3f}M trained  {spent}'
-            + is_random(result['settings']))
+        say('{task:16} {model:32} {method:12} seed {seed}  {accuracy:7.2%}  '.format(**result)
+            + f'{result["trained_parameters"] / 1e6:.3f}M trained  {spent}{is_random(result["settings"])}')
 
 
 def complain(what):
@@ -829,17 +793,16 @@ def program(work):
 
 @program
 def main(argv):
-    """Train what a command line names. Returns the exit status."""
+    """Train what a command line names, one run after another. Returns the exit status."""
     if 'RANK' in os.environ:
         raise InputError('train.py is one process; under torchrun, sweep.py divides runs among processes')
     options = parser(__doc__)
     options.add_argument('--again', action='store_true', help='make a finished run again; the old one is kept')
-    args = options.parse_args(argv)
-    runs = runs_of(args, read_configs())
-    results = run_all(runs, args.again)
-    if len(runs) > 1:
-        say_results(results)
-    return 0 if len(results) == len(runs) else 2
+    args, said = options.parse_args(argv), set()
+    results = [attempt(said, run, settings, args.again) for settings in runs_of(args, read_configs())]
+    if len(results) > 1:
+        say_results(filter(None, results))
+    return 0 if all(results) else 2
 
 
 def start(main):

@@ -242,7 +242,8 @@ def test_a_run_is_not_opened_on_another_backbone_and_the_same_by_another_path_is
 def test_a_run_that_trained_everything_needs_no_other_file(tmp_path):
     backbone(tmp_path / 'a.pth', 0)
     full, bias = (tiny(method=name, runs=tmp_path, weights=tmp_path / 'a.pth', **SMALL) for name in ('full', 'bias'))
-    train.run_all([full, bias])
+    for settings in full, bias:
+        train.run(settings)
     (tmp_path / 'a.pth').unlink()
     found, same = opened(full)
     assert same and not train.is_random(train.as_dict(found.settings))

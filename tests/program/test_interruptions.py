@@ -212,8 +212,8 @@ def test_what_is_finished_is_not_run_again_and_a_machines_setting_may_change_or_
     assert capsys.readouterr().out.count('finished before') == 2
 
 
-NUMBERS = {'backbone': train.Backbone, 'prompts': train.Prompts, 'pictures': train.Pictures, 'loop': train.Loop}
-NUMBERS = [(group, x.name) for group, kind in NUMBERS.items() for x in fields(kind) if x.name != 'precision']
+NUMBERS = [(group, x.name) for group, kind in train.GROUPS.items() for x in fields(kind)
+           if group != 'machine' and x.name != 'precision']
 
 
 @pytest.mark.parametrize('group, name', [*NUMBERS, ('options', 'ask'), ('options', 'grain')])

@@ -67,6 +67,8 @@ def test_what_is_given_twice_is_refused(argv, said):
 @pytest.mark.parametrize('section, entry, said', [
     ('tasks', None, 'tasks: mine is None, and not a dict'),
     ('tasks', {'method': ['vpt', 'ivpt']}, 'unknown method'),
+    ('tasks', {'per_task': 3}, 'tasks: mine: per_task has settings by task, not 3'),
+    ('tasks', {'per_task': {'mine': 3}}, 'tasks: mine: per_task has settings by task, not 3'),
     ('groups', 'pets', "groups: mine is 'pets', and not a list"),
     ('groups', [[3]], "unknown task '.3.'"), ('groups', ['mine'], 'the group mine has itself among its members')])
 def test_an_entry_of_another_kind_and_a_group_inside_itself_are_one_line(section, entry, said, monkeypatch):
