@@ -338,6 +338,7 @@ def test_accuracy_by_class_and_the_most_frequent_confusions_are_over_all_seeds(r
     for seed in range(2):
         results('where_blue', 'vpt', seed, 0.25, rows=rows)
     table_, out = reported('--classes')
+    assert '| class | pictures | `vpt` |' in out
     assert table_[-2:] == [['cat', '3', '33.3'], ['cow', '1', '0.0']]
     assert out.endswith('vpt: cat is taken for dog 4 times of 6\nvpt: cow is taken for cat 2 times of 2\n')
 
