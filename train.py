@@ -333,7 +333,7 @@ def rehearse(model, task, picture, settings, compute):
     logits = model.eval()(images)
     right = 1, len(task.classes)
     if task.loss is torch.nn.functional.cross_entropy and logits.shape != right:
-        raise InputError(f'{settings.method}: its logits of 1 images are {[*logits.shape]}, and not {[*right]}')
+        raise InputError(f'{settings.method}: its logits of 1 image are {[*logits.shape]}, and not {[*right]}')
     scores_of(task, as_csv(answers(model, task, [picture], settings, compute)))
 
 

@@ -248,7 +248,7 @@ def test_what_the_code_of_a_task_or_a_method_raises_is_one_line_with_its_place_a
     line = greys.splitlines().index('    return rows[0][0]') + 1
     assert capfd.readouterr().err.splitlines() == [
         'error: method.py, line 12: ZeroDivisionError: division by zero',
-        'error: method.py:Flat: its logits of 1 images are [1], and not [1, 2]',
+        'error: method.py:Flat: its logits of 1 image are [1], and not [1, 2]',
         f'error: mine.py, line {line}: KeyError: 0']
     assert [path.parent.name.partition(',')[0] for path in folders_of(tmp_path / 'runs')] == ['linear']
 
