@@ -72,11 +72,13 @@ def read(model, z_cls, Z):
 
 
 def vit(model, images):
-    """Eq. 1, layer after layer: logits."""
-    x = embed(model, images)
+    """Eq. 1, layer after layer: logits, and the class token's attention to the image tokens, [B, L, M]."""
+    x, w = embed(model, images), []
     for block in model.blocks:
-        x, _ = layer(block, x)
-    return read(model, x[:, :1], x[:, 1:]) @ model.head.weight.T + model.head.bias
+        x, A = layer(block, x)
+        w.append(A[:, :, 0, 1:].mean(dim=1))
+    logits = read(model, x[:, :1], x[:, 1:]) @ model.head.weight.T + model.head.bias
+    return logits, torch.stack(w, dim=1)
 
 
 def eq_3(block, z_cls, P, Z):
@@ -134,8 +136,8 @@ def reinforce(Z, Omega, P_re):
 
 
 def ivpt(model, images):
-    """The whole model: its logits, and of every layer the saliency w [B, M], the class token's attention to all
-    prompts [B] and, where AR acts, Omega."""
+    """The whole model: its logits, P_hat [L, N, D], the saliency w [B, L, M], the class token's attention to all
+    prompts, to_prompts [B, L], and where AR acts Omega, a list of B, L - 1 and k."""
     P_hat = prompts(model.structure, model.P, model.gamma)
     x = embed(model.vit, images)
     z_cls, Z = x[:, :1], x[:, 1:]
@@ -149,7 +151,9 @@ def ivpt(model, images):
             Omega.append(everywhere if model.reinforcement == 'all' else top_k(w[l], model.k))
             Z = reinforce(Z, Omega[l], model.P_re[l])
     logits = read(model.vit, z_cls, Z) @ model.head.weight.T + model.head.bias
-    return SimpleNamespace(logits=logits, w=w, to_prompts=to_prompts, Omega=Omega, P_hat=torch.stack(P_hat))
+    return SimpleNamespace(logits=logits, P_hat=torch.stack(P_hat), w=torch.stack(w, dim=1),
+                           to_prompts=torch.stack(to_prompts, dim=1),
+                           Omega=[[chosen[b] for chosen in Omega] for b in range(len(images))])
 
 
 # ---- Comparing ------------------------------------------------------------------------------------------
@@ -169,20 +173,3 @@ def compare(model, images, cotangent):
     """The model's logits, and the gradients of all that it trains, are those of the literal form."""
     trained = [p for p in model.parameters() if p.requires_grad]
     compare_gradients(model(images), ivpt(model, images).logits, trained, cotangent)
-
-
-def watch(model, images):
-    """What happens inside: a list with (tokens [B, 1 + M, D], P̂^l) that enter each layer, and one with
-    (tokens, w) that come out. The last layer puts out its class token alone, if that is what is read."""
-    entered, left = [], []
-
-    def hook(layer, args, out):
-        *tokens, P = args
-        entered.append((torch.cat(tokens, dim=1), P))
-        left.append((out[0].clone(), out[1]))  # Eq. 15 works in place
-
-    hooks = [block.register_forward_hook(hook) for block in model.vit.blocks]
-    model(images)
-    for handle in hooks:
-        handle.remove()
-    return entered, left
