@@ -35,49 +35,36 @@ MODELS = [
 ]
 POOLED = [MODELS[0], MODELS[3]]
 GRIDS = [(4, 7), (7, 4), (3, 8), (37, 8)]
-GOLDEN = Path(__file__).parent / 'timm.json'
+GOLDEN = json.loads(Path(__file__).with_name('timm.json').read_text())
 
 
-@pytest.fixture(scope='module')
-def golden():
-    return json.loads(GOLDEN.read_text())
-
-
-def agree(name, kwargs, readout, shapes, logits, dtypes):
-    """Our names and shapes are timm's, in timm's order, and so are our logits for the weights and images of `wave`."""
+@pytest.mark.parametrize('readout, name, kwargs', [
+    *[('cls', *model) for model in MODELS],
+    *[('mean', *model) for model in POOLED]])  # timm names the norm behind the mean fc_norm, where norm stands otherwise
+def test_names_shapes_their_order_and_logits_are_those_of_timm_for_both_readouts(readout, name, kwargs):
+    """Of the weights and images of `wave`."""
+    shapes, logits = GOLDEN[name]['shapes'], GOLDEN[name]['logits']
+    if readout == 'mean':
+        logits = GOLDEN["global_pool='avg'"][name]
     size, patch_size, _ = vit.parse_name(name)
     D, _, N_h = vit.SIZES[size]
-    patch_size = kwargs.get('patch_size', patch_size)
-    pixels, S = kwargs['img_size'], kwargs['img_size'] // patch_size * patch_size
+    patch_size, pixels = kwargs.get('patch_size', patch_size), kwargs['img_size']
+    S = pixels // patch_size * patch_size
     with torch.device('meta'):  # no time for initial values
         model = vit.ViT(S, patch_size, (D, kwargs['depth'], N_h), kwargs['num_classes'], readout).eval()
     own = {n: list(x.shape) for n, x in model.state_dict().items()}
     assert own == shapes and list(own) == sorted(own, key=list(shapes).index)
     model.load_state_dict({n: wave(shape, i) for i, (n, shape) in enumerate(shapes.items())}, assign=True)
-    images, logits = wave((2, 3, pixels, pixels), 0, 1.0)[..., :S, :S], torch.tensor(logits, dtype=torch.float64)
-    for dtype, tolerance in dtypes:
+    images = wave((2, 3, pixels, pixels), 0, 1.0)[..., :S, :S]
+    for dtype, tolerance in (torch.float64, 1e-10), (torch.float32, 1e-5):
         with torch.no_grad():
             ours = model.to(dtype)(images.to(dtype))
-        torch.testing.assert_close(ours.double(), logits, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize('name, kwargs', MODELS, ids=[name for name, _ in MODELS])
-def test_names_shapes_their_order_and_logits_are_those_of_timm(name, kwargs, golden):
-    dtypes = (torch.float64, 1e-10), (torch.float32, 1e-5)
-    agree(name, kwargs, 'cls', golden[name]['shapes'], golden[name]['logits'], dtypes)
-
-
-@pytest.mark.parametrize('name, kwargs', POOLED, ids=[name for name, _ in POOLED])
-def test_the_mean_of_image_tokens_is_read_as_by_timms_global_pool(name, kwargs, golden):
-    """timm names the norm behind the mean fc_norm, at the place where norm stands otherwise."""
-    logits = golden["global_pool='avg'"][name]
-    agree(name, kwargs, 'mean', golden[name]['shapes'], logits, [(torch.float64, 1e-10)])
-    assert (torch.tensor(logits) - torch.tensor(golden[name]['logits'])).abs().max() > 5e-5
+        torch.testing.assert_close(ours.double(), torch.tensor(logits, dtype=torch.float64), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize('old, new', GRIDS)
-def test_position_embeddings_are_resampled_as_by_timm(old, new, golden):
-    expected = torch.tensor(golden['resample_abs_pos_embed'][f'{old} to {new}'])
+def test_position_embeddings_are_resampled_as_by_timm(old, new):
+    expected = torch.tensor(GOLDEN['resample_abs_pos_embed'][f'{old} to {new}'])
     resampled = vit.resample_pos_embed(wave((1, 1 + old ** 2, 8), 1).float(), new ** 2)
     torch.testing.assert_close(resampled, expected, rtol=0, atol=1e-5)
 

@@ -20,8 +20,10 @@ fewer = settings(max_examples=settings().max_examples // 2)
 @given(cases())
 def test_cdc_adds_the_previous_layers_prompts_and_the_first_layers_are_its_own(case):
     """Eq. 4. P̂^l = P^l + P^{l-1} and P̂^0 = P^0. Not P̂^{l-1}, which would carry all layers before."""
-    P, _ = case.prompts_and_gamma()
-    assert torch.equal(cdc(P), torch.stack(oracle.prompts('cdc', P)))
+    P, _ = (x.requires_grad_() for x in case.prompts_and_gamma())
+    P_hat, literal = cdc(P), torch.stack(oracle.prompts('cdc', P))
+    assert torch.equal(P_hat, literal)
+    oracle.compare_gradients(P_hat, literal, [P], case.normal('cotangent', *P.shape))
 
 
 @given(cases())

@@ -8,7 +8,7 @@ alone adds functions.
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, find, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import data
@@ -201,36 +201,24 @@ def test_a_run_of_vpt_with_the_multiplied_gradient_is_a_run_of_cdc_and_ends_in_i
 # ---- Where that ends: AdamW, clipped gradients, a learned γ ----------------------------------------------
 
 
-def first_step(how, structure, g):
-    """How P̂ [2] of two layers with one prompt of one number moves at the first step with learning rate 1.
-
-    g [2]: the gradient of P̂. structure: 'cdc', or 'vpt' with its gradient multiplied by CDC's A Aᵀ."""
-    P = torch.zeros(2, 1, 1).double().requires_grad_()
-    optimizer = torch.optim.SGD([P], 1.0) if how != 'AdamW' else torch.optim.AdamW([P], 1.0, eps=1e-30)
-    (STRUCTURES[structure](P, None).flatten() * torch.tensor(g).double()).sum().backward()
-    if structure == 'vpt':
-        P.grad = across(gradient_factor('cdc', 2), P.grad)
-    if how == 'clipped':
-        torch.nn.utils.clip_grad_norm_([P], 1.0)
-    optimizer.step()
-    return STRUCTURES[structure](P, None).detach().flatten()
-
-
 @pytest.mark.parametrize('how, cdcs, vpts', [
+    ('SGD', [-1, -2], [-1, -2]),
     ('AdamW', [-1, -2], [-1, -1]),
     ('clipped', [-1 / 2 ** 0.5, -2 / 2 ** 0.5], [-1 / 5 ** 0.5, -2 / 5 ** 0.5])])
-def test_with_adamw_and_with_clipped_gradients_it_is_not_so_and_the_smallest_case_has_one_gradient(how, cdcs, vpts):
-    """Both look at the gradient's size before A comes in. The case: two layers, and the second alone has a gradient.
+def test_with_adamw_and_with_clipped_gradients_it_is_not_so_as_the_first_step_of_two_layers_shows(how, cdcs, vpts):
+    """Both look at the gradient's size before A comes in. The second layer alone has a gradient, 1.
 
     AdamW's first step moves each number by one learning rate. In CDC both P^0 and P^1 move, so P̂^1 moves by two."""
-    def differs(g):
-        return not torch.allclose(first_step(how, 'cdc', g), first_step(how, 'vpt', g))
-
-    gradient = st.lists(st.integers(-2, 2), min_size=2, max_size=2)
-    assert find(gradient, differs) == [0, 1]
-    for structure, expected in (('cdc', cdcs), ('vpt', vpts)):  # torch clips to a little less than 1
-        assert first_step(how, structure, [0, 1]).tolist() == pytest.approx(expected, rel=1e-5)
-    close(first_step('SGD', 'cdc', [0, 1]), first_step('SGD', 'vpt', [0, 1]))
+    for structure, expected in ('cdc', cdcs), ('vpt', vpts):
+        P = torch.zeros(2, 1, 1).double().requires_grad_()
+        optimizer = torch.optim.AdamW([P], 1.0) if how == 'AdamW' else torch.optim.SGD([P], 1.0)
+        STRUCTURES[structure](P, None)[1].sum().backward()
+        if structure == 'vpt':
+            P.grad = across(gradient_factor('cdc', 2), P.grad)
+        if how == 'clipped':
+            torch.nn.utils.clip_grad_norm_([P], 1.0)
+        optimizer.step()
+        assert STRUCTURES[structure](P, None).flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
 # ---- Weight decay ---------------------------------------------------------------------------------------
