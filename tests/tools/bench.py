@@ -1,7 +1,7 @@
 """What prompts cost, as ratios to the plain frozen ViT. A command, not a test:
 
     python tests/tools/bench.py                          ViT-B/16 at 224 pixels, batch 8, float32, on the CPU
-    python tests/tools/bench.py --precision float32,auto --prompts 10,50,200 --json FILE
+    python tests/tools/bench.py --precision float32,auto --prompts 10,50,200
     python tests/tools/bench.py --device cuda --precision bfloat16 --batch 64
     python tests/tools/bench.py --variants "iVPT 10,iVPT 200" --rounds 60       these and the plain ViT alone
     python tests/tools/bench.py --variants lora,ssf      methods of configs.yaml, with their settings there
@@ -17,7 +17,6 @@ of the sequence, with queries and an MLP of their own, and their outputs are dro
 """
 
 import argparse
-import json
 import random
 import statistics
 import subprocess
@@ -38,6 +37,7 @@ from ivpt import reinforce_, top_k
 
 CONFIGS = train.read_configs()
 METHODS = {'VPT': 'vpt', 'CDC': 'cdc', 'iVPT': 'ivpt'}  # by their names in configs.yaml
+CLASSES = 100
 TABLE_8 = {'VPT': 17.732, 'iVPT': 17.733, 'dam_vp': 33.728}  # GFLOPs (linear maps, multiply-adds)
 
 
@@ -73,7 +73,7 @@ def build(variant, args):
     """A variant by its name: 'plain', 'METHOD N' with or without ' concatenated', or a method of configs.yaml, with its
     settings there, and prepared where it has a `prepare`."""
     method, *N = variant.split()
-    task = data.Task([], [], [], [str(c) for c in range(args.classes)])
+    task = data.Task([], [], [], [str(c) for c in range(CLASSES)])
     changes = {'N': int(N[0])} if N else {}
     settings = settings_of(args, 'linear' if method == 'plain' else METHODS.get(method, method), **changes)
     model, _ = train.make_model(settings, task)
@@ -123,7 +123,7 @@ def batch(args):
     generator = torch.Generator().manual_seed(0)
     size = settings_of(args, 'linear').backbone.img_size
     images = torch.randn(args.batch, 3, size, size, generator=generator)
-    return images.to(args.device), torch.randint(args.classes, (args.batch,), generator=generator).to(args.device)
+    return images.to(args.device), torch.randint(CLASSES, (args.batch,), generator=generator).to(args.device)
 
 
 def timings(variants, precisions, args):
@@ -161,14 +161,25 @@ def agree(models, images):
 def peak_memory(variant, precision, args):
     """Peak memory of three training steps in bytes: CUDA's own counter, or a fresh process's on the CPU."""
     if args.device == 'cuda':
-        model, data = build(variant, args), batch(args)
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(3):
-            step(model, *data, precision)
-        return torch.cuda.max_memory_allocated()
+        return own_peak(variant, precision, args)
     command = [sys.executable, __file__, '--only', variant, '--model', args.model, '--batch', str(args.batch),
-               '--k', str(args.k), '--classes', str(args.classes), '--precision', precision]
+               '--k', str(args.k), '--precision', precision]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def own_peak(variant, precision, args):
+    """Peak memory of this process in three training steps. It starts anew: that of `prepare` is not that of training."""
+    model, data = build(variant, args), batch(args)
+    if args.device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path('/proc/self/clear_refs').write_text('5')
+    for _ in range(3):
+        step(model, *data, precision)
+    if args.device == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    status = Path('/proc/self/status').read_text()  # Linux; getrusage would count the parent's peak as well
+    return int(status.split('VmHWM:')[1].split()[0]) * 1024
 
 
 def multiply_adds(model, args):
@@ -221,24 +232,12 @@ def options():
     parser.add_argument('--precision', default='float32', help='float32, bfloat16, float16 or auto, or several')
     parser.add_argument('--prompts', default='10', help='N, or several: 10,50,200')
     parser.add_argument('--k', type=int, default=10)
-    parser.add_argument('--classes', type=int, default=100)
     parser.add_argument('--variants', help='these alone: "iVPT 10,iVPT 50 concatenated,lora,ssf"')
     parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--json', type=Path)
     parser.add_argument('--loop', metavar='TASK')
     parser.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help='settings of --loop')
     parser.add_argument('--only', help=argparse.SUPPRESS)  # a fresh process that measures its own memory
     return parser.parse_args()
-
-
-def own_peak(args):
-    """Print the peak memory of this process in three training steps, in bytes."""
-    model, data = build(args.only, args), batch(args)
-    Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew: that of `prepare` is not that of training
-    for _ in range(3):
-        step(model, *data, args.precision)
-    status = Path('/proc/self/status').read_text()  # Linux; getrusage would count the parent's peak as well
-    print(int(status.split('VmHWM:')[1].split()[0]) * 1024)
 
 
 def variants_of(args):
@@ -269,9 +268,6 @@ def measure(args):
         row['trained'] = train.count(model)
         row['multiply_adds'], row['linear_multiply_adds'] = multiply_adds(model, args)
         say_row(row, plain[row['precision']], table_8)
-    if args.json:
-        settings = vars(args) | {'json': str(args.json), 'device_name': name}
-        args.json.write_text(json.dumps({'settings': settings, 'rows': rows}, indent=1))
 
 
 def say_row(row, plain_memory, table_8):
@@ -288,7 +284,7 @@ def say_row(row, plain_memory, table_8):
 def main():
     args = options()
     if args.only:
-        own_peak(args)
+        print(own_peak(args.only, args.precision, args))
     elif args.loop:
         changes = dict(change.split('=', 1) for change in args.set)
         loop(args.loop, changes, args.rounds)

@@ -1,6 +1,5 @@
 """The command that measures still runs: what it prints is of no interest here, its timings least of all."""
 
-import json
 import sys
 from argparse import Namespace
 
@@ -12,12 +11,6 @@ SYSTEMS = [name for name, entry in bench.CONFIGS['methods'].items()
 SMALL = ['--model', 'vit_nano_patch8_16', '--batch', '2', '--k', '2', '--rounds', '1']
 
 
-def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, 'argv', ['bench.py', *argv])
-    monkeypatch.setattr(bench, 'peak_memory', lambda variant, precision, args: 1)  # each in a process of its own
-    bench.main()
-
-
 @pytest.mark.parametrize('argv, said', [
     ([*SMALL, '--prompts', '3', '--precision', 'float32,auto,bfloat16'], '| iVPT 3 | bfloat16 |'),
     ([*SMALL, '--prompts', '3', '--model', 'swin_nano_patch4_window3_48'], '| iVPT 3 | float32 |'),
@@ -25,12 +18,18 @@ def run(monkeypatch, *argv):
     (['--loop', 'where_blue', '--rounds', '1', '--set', 'n_train=30', 'n_val=10', 'n_test=10', 'batch=8'],
      'images/s in the loop')])
 def test_the_bench_runs(argv, said, monkeypatch, capsys):
-    run(monkeypatch, *argv)
+    monkeypatch.setattr(sys, 'argv', ['bench.py', *argv])
+    monkeypatch.setattr(bench, 'peak_memory', lambda variant, precision, args: 1)  # each in a process of its own
+    bench.main()
     assert said in capsys.readouterr().out
 
 
-def test_a_method_of_configs_yaml_is_prepared_and_its_steps_are_those_of_training():
-    args = Namespace(model='vit_nano_patch8_16', batch=2, k=2, classes=3, device='cpu')
+@pytest.fixture
+def args():
+    return Namespace(model='vit_nano_patch8_16', batch=2, k=2, device='cpu', rounds=3)
+
+
+def test_a_method_of_configs_yaml_is_prepared_and_its_steps_are_those_of_training(args):
     model, (images, labels) = bench.build('sct', args), bench.batch(args)
     assert all((layer.between.I >= 0).all() for layer in model.vit.blocks)
     before = {name: x.clone() for name, x in model.named_parameters()}
@@ -41,10 +40,8 @@ def test_a_method_of_configs_yaml_is_prepared_and_its_steps_are_those_of_trainin
     assert all(p.requires_grad != p.equal(before[name]) for name, p in model.named_parameters())
 
 
-def test_the_json_has_both_ratios_of_each_variant_in_each_format(monkeypatch, tmp_path):
-    run(monkeypatch, *SMALL, '--variants', 'VPT 3', '--rounds', '3', '--precision', 'float32,bfloat16',
-        '--json', str(tmp_path / 'out'))
-    rows = json.loads((tmp_path / 'out').read_text())['rows']
+def test_each_variant_in_each_format_has_the_ratios_to_the_plain_vit_in_its_format_and_in_float32(args):
+    rows = bench.timings(['plain', 'VPT 3'], ['float32', 'bfloat16'], args)
     assert [(row['variant'], row['precision']) for row in rows] == [
         (name, precision) for precision in ('float32', 'bfloat16') for name in ('plain', 'VPT 3')]
     for row in rows:
