@@ -103,25 +103,22 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_what_no_test_notices_is_printed_and_what_is_listed_is_not_run(project, monkeypatch, capsys):
+@pytest.mark.parametrize('argv, status, first, last', [
+    ('--only arithmetic', 0, '', 'all 1 killed 0 killed by time 0 survived 1 listed'),
+    ('--only boundary', 1, 'survived  ivpt.py:6:14:boundary  ivpt.py g boundary: return x > 2 * 1.0 -> '
+     'return x >= 2 * 1.0\n', 'all 0 killed 0 killed by time 1 survived 0 listed'),
+    ('--only boundary --limit 0.01', 0, 'killed by time  ivpt.py:6:14:boundary',
+     'all 0 killed 1 killed by time 0 survived 0 listed')])
+def test_mutants_are_counted_by_how_they_ended_and_printed_if_no_test_ended_them(
+        argv, status, first, last, project, monkeypatch, capsys):
+    """What is listed is not run, and the project itself stays as it is."""
     name = 'ivpt.py g arithmetic: return x > 2 * 1.0 -> return x > 2 / 1.0'
     monkeypatch.setattr(mutants, 'EQUIVALENT', {name: 'division by 1'})
-    assert main(['--only', 'arithmetic'], project) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[-1].split() == 'all 1 killed 0 killed by time 0 survived 1 listed'.split()
-    assert main(['--only', 'boundary'], project) == 1
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == ('survived  ivpt.py:6:14:boundary  '
-                       'ivpt.py g boundary: return x > 2 * 1.0 -> return x >= 2 * 1.0')
-    assert said[-1].split() == 'all 0 killed 0 killed by time 1 survived 0 listed'.split()
-    assert '>=' not in (project / 'ivpt.py').read_text()
-
-
-def test_what_takes_too_long_is_killed_and_said_so(project, capsys):
-    assert main(['--only', 'boundary', '--limit', '0.01'], project) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith('killed by time  ivpt.py:6:14:boundary')
-    assert said[-1].split() == 'all 0 killed 1 killed by time 0 survived 0 listed'.split()
+    before = (project / 'ivpt.py').read_text()
+    assert main(argv.split(), project) == status
+    said = capsys.readouterr().out
+    assert said.startswith(first) and said.splitlines()[-1].split() == last.split()
+    assert (project / 'ivpt.py').read_text() == before
 
 
 def test_a_test_that_is_red_anyway_kills_nothing(project):
