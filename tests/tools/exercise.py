@@ -44,18 +44,11 @@ class Exercise(NamedTuple):
     tests: tuple
 
 
-class Question(NamedTuple):
+class Question:
     """An open question, how long it takes, what to look for, and commands that help to answer it, if any."""
 
-    asks: str
-    time: str
-    look_for: str
-    commands: tuple
-
-
-def question(asks, time, look_for, *commands):
-    """A Question with any number of commands."""
-    return Question(asks, time, look_for, commands)
+    def __init__(self, asks, time, look_for, *commands):
+        self.asks, self.time, self.look_for, self.commands = asks, time, look_for, commands
 
 
 EQUATIONS = 'tests/equations/test_3_'
@@ -69,11 +62,11 @@ PARTS = [  # heading, exercises, questions
         Exercise('Eq. 2 and 3: prompts as keys and values', 'vit.py', ('Attention.forward',), LAYER),
         Exercise('The class token alone in the last layer', 'vit.py', ('ViT.last',), LAYER),
     ], [
-        question(
+        Question(
             'What do prompts cost as tokens of the sequence, and what as keys and values?', '5 minutes',
             'how the ratios grow with N, "concatenated" and not. Which outputs of a layer are thrown away?',
             'python tests/tools/bench.py --model vit_nano_patch8_48 --batch 32 --k 4 --prompts 10,50,200 --rounds 20'),
-        question(
+        Question(
             'Let the head read the mean of the image tokens. What does it cost, and is the accuracy better?',
             '2 minutes',
             'images/s in the lines of the epochs. With the mean the last layer has to update all image tokens.',
@@ -84,13 +77,13 @@ PARTS = [  # heading, exercises, questions
         Exercise('Eq. 4: CDC', 'ivpt.py', ('cdc',), STRUCTURES),
         Exercise('Eq. 5 and 6: dynamic aggregation', 'ivpt.py', ('cdc_da', 'psi'), STRUCTURES),
     ], [
-        question(
+        Question(
             'Which learning rate does each structure want? Choose it on the validation pictures.', '5 minutes',
             'the best of the three rates for each structure. The largest eigenvalue of A Aᵀ (exercise 8) predicts an '
             'order. The standard error on 200 pictures is 2 to 3 points.',
             'python tests/experiments/sweep.py --method vpt,vanilla_cdc,cdc --over lr=0.025,0.1,0.4 '
             '--set score_on=val'),
-        question(
+        Question(
             'How far is γ from the identity after training, and in which layers?', '2 minutes',
             'the layer with the largest distance. The identity itself has the norm √10 = 3.16, so a distance of 3 is '
             'large.',
@@ -98,7 +91,7 @@ PARTS = [  # heading, exercises, questions
             'python -c "import torch; P = torch.load(\'runs/where_red/vit_nano_patch8_48/cdc_da/seed0/params.pth\'); '
             'print(*(f\'into layer {l}: {x:.2f}\' for l, x in '
             'enumerate((P[\'gamma\'] - torch.eye(10)).norm(dim=(1, 2)).tolist(), start=1)), sep=\'\\n\')"'),
-        question(
+        Question(
             'With one prompt a layer, γ^l is one number. Is DA still of use?', '3 minutes',
             'the three accuracies. One seed differs from the next by 1 or 2 points: a smaller difference says nothing.',
             'python train.py --method vpt,cdc,cdc_da --set N=1'),
@@ -108,14 +101,14 @@ PARTS = [  # heading, exercises, questions
         Exercise('Eq. 8 to 10: CDC re-weights', 'ivpt.py', ('reweight_cdc',), REWEIGHTING),
         Exercise('Eq. 11 to 13: DA re-weights by all', 'ivpt.py', ('reweight_cdc_da',), REWEIGHTING),
     ], [
-        question(
+        Question(
             'How much of the class token\'s attention goes to the prompts, layer by layer, in VPT and in CDC?',
             '5 minutes',
             'the part that each tile of the picture says, "prompts 12%". In which layers does it differ, and does it '
             'depend on the picture? `ivpt.look(model, images)[\'to_prompts\']` has it for any pictures.',
             'python train.py --method vpt,cdc',
             'python tests/experiments/look.py --method vpt,cdc'),
-        question(
+        Question(
             'The equations leave LayerNorm out. How far is w α̃, normalised over the prompts, from what a layer '
             'does?', 'half an hour',
             'half the sum of |difference| over the prompts, from 0 to 1. Take P of a trained CDC (params.pth), and '
@@ -125,14 +118,14 @@ PARTS = [  # heading, exercises, questions
     ('3.4 seen from the optimiser', [
         Exercise('A Aᵀ: what CDC does to the gradient', OPTIMISER[0], ('gradient_factor',), OPTIMISER),
     ], [
-        question(
+        Question(
             'With 6 layers vanilla CDC has up to 17.2 times the learning rate of VPT. Does it train as well with '
             '0.1 / 17.2 = 0.0058?', '2 minutes',
             'which of the two rates comes nearer to VPT with 0.1. The factor is 17.2 only for what all layers have in '
             'common; the smallest is 0.27.',
             'python train.py --method vpt --set score_on=val',
             'python tests/experiments/sweep.py --method vanilla_cdc --over lr=0.1,0.0058 --set score_on=val'),
-        question(
+        Question(
             'Where does γ end with strong weight decay, if γ had any? Let `decays` in train.py return True for it '
             'in your copy.', '10 minutes',
             'the mean of γ\'s diagonal, which starts at 1. At 0 there is no connection: that is VPT.',
@@ -140,7 +133,7 @@ PARTS = [  # heading, exercises, questions
             'python -c "import torch; P = torch.load(\'runs/decayed/where_red/vit_nano_patch8_48/'
             'cdc_da,weight_decay=0.01/seed0/params.pth\'); '
             'print(P[\'gamma\'].diagonal(dim1=1, dim2=2).mean().item())"'),
-        question(
+        Question(
             'AdamW moves every number by about the learning rate. Are VPT and CDC nearer to each other with it?',
             '3 minutes',
             'the difference of the two accuracies with SGD and with AdamW. Below 2 points it is chance.',
@@ -151,26 +144,26 @@ PARTS = [  # heading, exercises, questions
         Exercise('Eq. 14: the salient tokens', 'ivpt.py', ('top_k',), AR),
         Exercise('Eq. 15: reinforcement', 'ivpt.py', ('reinforce_',), AR),
     ], [
-        question(
+        Question(
             'How many tokens should be reinforced? 0 is no AR, 36 is all of them. Choose on the validation pictures.',
             '3 minutes',
             'the best k, and whether k = 36 differs from 16. With k = 36 the vectors still go by the order of '
             'salience, and not by place as in Table 4\'s All (`--method ivpt_all`).',
             'python tests/experiments/sweep.py --task shape_red --method ivpt --over k=0,1,4,16,36 '
             '--set score_on=val'),
-        question(
+        Question(
             'Does the order of Ω matter? Sort it by position in your copy, and train again.', '10 minutes',
             'the two accuracies. As it is, the first row of P_re goes to the most salient token; sorted, to the token '
             'nearest to the top.',
             'python train.py --method ivpt',
             'python train.py --method ivpt --set runs=runs/sorted'),
-        question(
+        Question(
             'Do the salient tokens lie on the shape that is asked for?', '3 minutes',
             'the cyan frames, layer by layer. tests/experiments/README.md counts this on 2,000 pictures ("Where the '
             'class token looks").',
             'python train.py --method vpt,ivpt',
             'python tests/experiments/look.py --method vpt,ivpt'),
-        question(
+        Question(
             'Why is linear probing better on blue (61.9%) than on red (31.8%) and yellow (26.5%)?', '2 minutes',
             'where the ViT looks before any training. Without prompts the brightest patch of layer 4 lies on the blue '
             'shape in 81% of the pictures, and on the red one in 2%.',
@@ -180,12 +173,12 @@ PARTS = [  # heading, exercises, questions
     ('4.1 Training', [
         Exercise('Warm-up and cosine', 'train.py', ('schedule',), SCHEDULE),
     ], [
-        question(
+        Question(
             'Is the warm-up needed at a high rate?', '2 minutes',
             'the loss of the first epochs, beside ln 9 = 2.20, the loss of a guess among 9 classes.',
             'python train.py --method ivpt --set lr=0.2',
             'python train.py --method ivpt --set lr=0.2 warmup=0'),
-        question(
+        Question(
             'Let `schedule` return 1 in your copy. What is the accuracy now, and how much does it differ between '
             'seeds?', '5 minutes',
             'mean and spread of the three seeds, with the cosine and without.',
@@ -205,10 +198,11 @@ def listing():
             number += 1
             lines.append(f'  {number:2d}  {exercise.title:<40} {names(exercise)}')
         lines += ['', '      To find out:']
-        for asks, time, look_for, commands in questions:
-            lines += textwrap.wrap(f'{asks} ({time})', 100, initial_indent='      - ', subsequent_indent='        ')
-            lines += ['          ' + command for command in commands]
-            lines += textwrap.wrap(f'Look for: {look_for}', 100, initial_indent=' ' * 8, subsequent_indent=' ' * 8)
+        for one in questions:
+            lines += textwrap.wrap(f'{one.asks} ({one.time})', 100, initial_indent=' ' * 6 + '- ',
+                                   subsequent_indent=' ' * 8)
+            lines += [' ' * 10 + command for command in one.commands]
+            lines += textwrap.wrap(f'Look for: {one.look_for}', 100, initial_indent=' ' * 8, subsequent_indent=' ' * 8)
     return '\n'.join(lines)
 
 

@@ -27,9 +27,9 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from exercise import LEFT_OUT, PROJECT
 from mistakes import EQUIVALENT, TEXT
 
-PROJECT = Path(__file__).resolve().parents[2]
 TIME = 'killed by time'
 ENDS = 'killed', TIME, 'survived', 'listed'
 EXPERIMENTS = ['tests/experiments/test_*.py']
@@ -45,7 +45,6 @@ SWAPS = {  # by kind: an operator, and what takes its place
     'boundary': {'<': '<=', '<=': '<', '>': '>=', '>=': '>'},
     'arithmetic': {'+': '-', '-': '+', '*': '/', '/': '*', '+=': '-=', '-=': '+=', '*=': '/=', '/=': '*='},
     'logic': {'and': 'or', 'or': 'and'}}
-LEFT_OUT = shutil.ignore_patterns('.*', 'runs', 'data', '__pycache__')  # of a copy of the project
 OPERATOR = re.compile(r'#.*|is\s+not\b|not\s+in\b|\b(?:is|in|and|or)\b|[-+*/%@<>=!|&^]+')
 
 
