@@ -11,9 +11,9 @@ All variants run in one process, in each number format, round after round, in a 
 inferences and then the training steps; the ratios to the plain ViT in the same format, and to the plain ViT in
 float32, are taken within each round, and the median over rounds is printed, with the quartiles. The plain ViT is
 run as timm runs it, every token through every layer, the last one included, and no attention weights beside; its
-head and position embedding (of a Swin, the bias of its first norm) are trained, so that a gradient flows through
-every layer. "Concatenated" is Eq. 3 taken literally, as the public code of the field does it: prompts are tokens
-of the sequence, with queries and an MLP of their own, and their outputs are dropped; there is none for a Swin.
+head and position embedding are trained, so that a gradient flows through every layer. "Concatenated" is Eq. 3 taken
+literally, as the public code of the field does it: prompts are tokens of the sequence, with queries and an MLP of
+their own, and their outputs are dropped.
 """
 
 import argparse
@@ -63,9 +63,7 @@ class Concatenated(torch.nn.Module):
 
 
 def settings_of(args, method, **changes):
-    """The settings of a method on random weights; a Swin is built by its file."""
-    if args.model.startswith('swin'):
-        changes['build'] = 'tests/experiments/swin.py:swin'
+    """The settings of a method on random weights."""
     return train.settings_of(CONFIGS, 'where_blue', args.model, method, {'weights': 'random', 'k': args.k} | changes)
 
 
@@ -78,22 +76,16 @@ def build(variant, args):
     settings = settings_of(args, 'linear' if method == 'plain' else METHODS.get(method, method), **changes)
     model, _ = train.make_model(settings, task)
     if method == 'plain':
-        first = [p for name, p in model.named_parameters() if name in ('pos_embed', 'patch_embed.norm.bias')]
-        first[0].requires_grad_(True)
+        model.pos_embed.requires_grad_(True)
     model = (Concatenated(model) if 'concatenated' in N else model).to(args.device)
     if hasattr(model, 'prepare'):
         model.prepare([batch(args)])
     return model
 
 
-def compute_of(images, precision):
-    """The number format of a step."""
-    return train.Compute(images.device, precision, '')
-
-
 def step(model, images, labels, precision):
     """One training step: forward, backward, SGD."""
-    with compute_of(images, precision).autocast():
+    with train.Compute(images.device, precision, '').autocast():
         loss = F.cross_entropy(model.train()(images), labels)
     loss.backward()
     with torch.no_grad():
@@ -106,7 +98,7 @@ def step(model, images, labels, precision):
 @torch.inference_mode()
 def infer(model, images, labels, precision):
     """One forward pass."""
-    with compute_of(images, precision).autocast():
+    with train.Compute(images.device, precision, '').autocast():
         model.eval()(images)
 
 
@@ -195,8 +187,7 @@ def multiply_adds(model, args):
 
 def loop(task, changes, rounds):
     """Images/s of train.py's loop on a task, and of the same steps on one batch of random tensors, in turn."""
-    model_name = changes.pop('model', None)
-    settings = train.settings_of(CONFIGS, task, model_name, 'ivpt', changes | {'epochs': rounds + 1, 'lr': 1e-9})
+    settings = train.settings_of(CONFIGS, task, None, 'ivpt', changes | {'epochs': rounds + 1, 'lr': 1e-9})
     device, task_ = train.find_device(), data.load(settings)
     model, _ = train.make_model(settings, task_)
     model.to(device)
@@ -244,9 +235,7 @@ def variants_of(args):
     """The names of what is measured beside the plain ViT."""
     if args.variants:
         return args.variants.split(',')
-    kinds = ['VPT {}', 'CDC {}', 'iVPT {}']
-    if not args.model.startswith('swin'):
-        kinds = ['VPT {} concatenated', 'iVPT {} concatenated', *kinds]
+    kinds = 'VPT {} concatenated', 'iVPT {} concatenated', 'VPT {}', 'CDC {}', 'iVPT {}'
     return [kind.format(N) for N in args.prompts.split(',') for kind in kinds]
 
 

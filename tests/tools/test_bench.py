@@ -13,7 +13,6 @@ SMALL = ['--model', 'vit_nano_patch8_16', '--batch', '2', '--k', '2', '--rounds'
 
 @pytest.mark.parametrize('argv, said', [
     ([*SMALL, '--prompts', '3', '--precision', 'float32,auto,bfloat16'], '| iVPT 3 | bfloat16 |'),
-    ([*SMALL, '--prompts', '3', '--model', 'swin_nano_patch4_window3_48'], '| iVPT 3 | float32 |'),
     ([*SMALL, '--variants', ','.join(SYSTEMS)], '| dam_vp | float32 |'),
     (['--loop', 'where_blue', '--rounds', '1', '--set', 'n_train=30', 'n_val=10', 'n_test=10', 'batch=8'],
      'images/s in the loop')])
