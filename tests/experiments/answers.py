@@ -69,13 +69,10 @@ def error(values):
     return math.sqrt(variance(values) / len(values)) if len(values) > 1 else 0.0
 
 
-def cells(mean, *rest):
+def cells(mean, both, of_pictures, of_seeds, seeds):
     """The cells of a row of differences, in points."""
-    *errors, seeds = rest
-    words = [f'{100 * x:.1f}' for x in errors]
-    if seeds == 1:
-        words[2] = ''  # one seed has no spread
-    return [f'{100 * mean:+.1f}', *words, str(seeds)]
+    spread = '' if seeds == 1 else f'{100 * of_seeds:.1f}'
+    return [f'{100 * mean:+.1f}', f'{100 * both:.1f}', f'{100 * of_pictures:.1f}', spread, str(seeds)]
 
 
 def say_classes(results):

@@ -9,8 +9,6 @@ relative to the largest in the layer, and the part of all attention that goes to
 drawn; the answers for all of them are in answers.csv in each run's folder.
 """
 
-import csv
-import io
 import os
 import sys
 from itertools import count
@@ -107,14 +105,12 @@ def maps(run, files):
 
 def say_likely(files, likely, folder):
     """Say and write down, as answers.csv in a run's folder, the likeliest classes of photos: of each (class, p)."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator='\n')
-    rows.writerow(['file', 'class', 'probability', 'likeliest'])
+    rows = []
     for file, found in zip(files, likely):
         said = ', '.join(f'{name} {100 * p:.1f}%' for name, p in found)
         say(f'{file}, by {folder}: {said}')
-        rows.writerow([file, found[0][0], f'{found[0][1]:.4f}', said])
-    train.write(folder / 'answers.csv', text.getvalue().encode())
+        rows.append({'file': file, 'class': found[0][0], 'probability': f'{found[0][1]:.4f}', 'likeliest': said})
+    train.write(folder / 'answers.csv', train.as_csv(rows))
 
 
 def stacked(drawn):

@@ -213,7 +213,6 @@ def main(argv=None, root=PROJECT):
     parser.add_argument('--sample', type=int, help='so many of them, at random')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--list', action='store_true', help='print them, run nothing')
-    parser.add_argument('--jobs', type=int, default=2, help='so many at a time')
     parser.add_argument('--limit', type=float, default=900, help='seconds for all tests of a mutant')
     args = parser.parse_args(argv)
     tests, make = sources(root), by_hand if args.text else by_rule
@@ -224,7 +223,7 @@ def main(argv=None, root=PROJECT):
     if args.list:
         print(*(f'{x.id}  {x.name}' for x in chosen), sep='\n')
         return 0
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         copy = shutil.copytree(root, Path(folder, 'project'), ignore=LEFT_OUT)  # the project may be worked on meanwhile
         kills, green = Counter(), lru_cache(None)(lambda test: not first_red(copy, [test], args.limit))
         ends = pool.map(lambda x: outcome(copy, x, tests[x.file], args.limit, kills, green), chosen)
