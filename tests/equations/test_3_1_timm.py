@@ -40,7 +40,7 @@ GOLDEN = json.loads(Path(__file__).with_name('timm.json').read_text())
 
 @pytest.mark.parametrize('readout, name, kwargs', [
     *[('cls', *model) for model in MODELS],
-    *[('mean', *model) for model in POOLED]])  # timm names the norm behind the mean fc_norm, where norm stands otherwise
+    *[('mean', *model) for model in POOLED]])  # timm calls the norm behind the mean fc_norm
 def test_names_shapes_their_order_and_logits_are_those_of_timm_for_both_readouts(readout, name, kwargs):
     """Of the weights and images of `wave`."""
     shapes, logits = GOLDEN[name]['shapes'], GOLDEN[name]['logits']

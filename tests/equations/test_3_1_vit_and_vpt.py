@@ -93,10 +93,10 @@ def test_the_class_tokens_weights_are_its_row_of_the_attention_matrix_averaged_o
 @given(case=cases())
 def test_every_method_is_its_literal_form_in_logits_and_gradients_and_in_what_is_seen_of_each_layer(
         readout, method, case):
-    """Eq. 2 or 3, 4 to 6, 14 and 15, l = 0, ..., L-1. The literal form chooses with Python's sort: no gradient can pass.
+    """Eq. 2 or 3, 4 to 6, 14 and 15, l = 0, ..., L-1. The literal form chooses by Python's sort: no gradient passes it.
 
     Figure 7. w̃^l in R^M: the layer's own weights, prompts in its softmax, mean over the heads; with top-k, the tokens
-    that were chosen; the prompts that entered. Read is z_cls, or the mean, as of MAE, whose z_cls no loss has trained."""
+    that were chosen; the prompts that entered. The head reads z_cls, or the mean: no loss has trained MAE's z_cls."""
     model, images = random_model(case, **METHODS[method]), case.images()
     model.vit.readout = readout
     oracle.compare(model, images, case.normal('cotangent', case.B, case.C))
@@ -156,8 +156,8 @@ def test_the_fused_kernel_is_used_wherever_it_is_the_faster_one(monkeypatch):
 
 @every_method
 def test_trained_are_the_papers_parameters_in_its_shapes_each_gets_a_gradient_and_the_backbone_none(method):
-    """P^l in R^{N x D}, γ^l in R^{N x N} and P_re^l in R^{k x D} between layers, and the head; VPT optimises the prompts
-    "whilst keeping the pre-trained model frozen"."""
+    """P^l in R^{N x D}, γ^l in R^{N x N} and P_re^l in R^{k x D} between layers, and the head. VPT optimises the
+    prompts "whilst keeping the pre-trained model frozen"."""
     model, (L, N, D, C) = random_model(SMALL, **METHODS[method]), (SMALL.L, SMALL.N, SMALL.D, SMALL.C)
     expected = {'P': (L, N, D), 'head.weight': (C, D), 'head.bias': (C,)}
     if METHODS[method]['aggregation']:

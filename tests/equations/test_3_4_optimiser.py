@@ -61,8 +61,8 @@ def invert(structure, P_hat, gamma=None):
 @pytest.mark.parametrize('structure', STRUCTURES)
 @given(cases())
 def test_P_hat_is_a_matrix_over_the_layers_times_P_with_ones_on_its_diagonal_and_nothing_above(structure, case):
-    """Eq. 2, 4, 5 and (D) of Figure 3 are linear in P, and no channel sees another. A's determinant is 1, whatever γ is.
-    So for each P̂ there is one P, and det(A Aᵀ), the product of all factors on the learning rate, is 1 too."""
+    """Eq. 2, 4, 5 and (D) of Figure 3 are linear in P, and no channel sees another. A's determinant is 1, whatever γ
+    is. So for each P̂ there is one P, and det(A Aᵀ), the product of all factors on the learning rate, is 1 too."""
     P, gamma = case.prompts_and_gamma()
     A = matrix(structure, case.L, case.N, gamma)
     close(STRUCTURES[structure](P, gamma), across(A, P))
@@ -120,8 +120,8 @@ def test_layers_that_move_together_learn_fastest_and_layers_that_alternate_slowe
 
 
 def steps_of(model, case, multiplied=None):
-    """Train a model by SGD on new images at each of 60 steps, with a warm-up and a cosine, momentum 0.9 and weight decay
-    0.01; after each yield all that it learns.
+    """Train a model by SGD on new images at each of 60 steps, with a warm-up and a cosine, momentum 0.9 and weight
+    decay 0.01; after each yield all that it learns.
 
     multiplied: A Aᵀ [L N, L N], which the gradient of the model's P is multiplied by."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -178,7 +178,7 @@ def test_a_run_of_vpt_with_the_multiplied_gradient_is_a_run_of_cdc_and_ends_in_i
         assert torch.allclose(of_cdc, multiplied, rtol=0, atol=1e-5) == alike
 
 
-# ---- Where that ends: AdamW, clipped gradients, a learned γ ----------------------------------------------
+# ---- Where that ends: AdamW, clipped gradients ----------------------------------------------------------
 
 
 @pytest.mark.parametrize('how, cdcs, vpts', [

@@ -160,7 +160,7 @@ def peak_memory(variant, precision, args):
 
 
 def own_peak(variant, precision, args):
-    """Peak memory of this process in three training steps. It starts anew: that of `prepare` is not that of training."""
+    """Peak memory of this process in three training steps. It starts anew, after what `prepare` takes."""
     model, data = build(variant, args), batch(args)
     if args.device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
