@@ -1,9 +1,8 @@
 """DAM-VP (dam_vp.py) is that of its authors: clusters, one prompt of pixels for each, and Reptile for their start.
 
 `dam_vp.json` was written by PadPrompter, Adapter.get_prompted_image and Meta of github.com/shikiw/DAM-VP, commit
-dec5821, with torch 2.14 in float64, on a ViT of D = 32, L = 2, N_h = 4, 16 pixels and patches of 8 with the values of
-`chirp`. In the step of Reptile the first task has four prototypes, of which two are near an image; the second has two,
-and is near one.
+dec5821, with torch 2.14 in float64, on the ViT of `chirped`. In the step of Reptile the first task has
+four prototypes, of which two are near an image; the second has two, and is near one.
 """
 
 import json
@@ -11,9 +10,9 @@ import re
 from pathlib import Path
 
 import dam_vp
-import finished
 import pytest
 import torch
+from common import chirp, chirped, equal, opened
 from hypothesis import given
 from hypothesis import strategies as st
 from pictures import CONFIGS, run, tiny
@@ -25,19 +24,14 @@ GOLDEN = json.loads((Path(__file__).parent / 'dam_vp.json').read_text())
 main = train.program(dam_vp.main)
 
 
-def chirp(shape, seed, scale=0.25):
-    """Values that every version of every library computes alike: float64."""
-    i = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
-    return scale * torch.sin(0.7548776662 * i * i + 2 * seed + 1).reshape(shape)
-
-
-def model_of(num_classes=3, **options):
-    """DAM-VP on the tiny ViT."""
-    backbone = vit.ViT(16, 8, (32, 2, 4)).double().eval()
-    backbone.load_state_dict({name: chirp(x.shape, i) + bool(re.search(r'norm\d?\.weight', name))
-                              for i, (name, x) in enumerate(backbone.state_dict().items())})
+def model_of(num_classes=3, c=None, **options):
+    """DAM-VP on the tiny ViT, with clusters c if they are given."""
     changes = {'img_size': 16, 'threshold': 1e9, 'max_clusters': 36} | options
-    return dam_vp.dam_vp(backbone, num_classes, train.settings_of(CONFIGS, 'pets', None, 'dam_vp', changes)).double()
+    settings = train.settings_of(CONFIGS, 'pets', None, 'dam_vp', changes)
+    model = dam_vp.dam_vp(chirped(), num_classes, settings).double()
+    if c is not None:
+        model.take(c)
+    return model
 
 
 def framed():
@@ -52,49 +46,41 @@ IMAGES = chirp((6, 3, 16, 16), 64, 1.0)
 P = framed().flatten(1)[:, dam_vp.frame(16)]  # [3, n]
 
 
-def prototypes(model):
-    f = model.vit(IMAGES).detach()
+def prototypes():
+    f = chirped()(IMAGES).detach()
     return torch.stack([f[2], (f[0] + f[3]) / 2, f[5] + 0.3, (f[1] + f[4]) / 2])
-
-
-def with_clusters(num_classes, c):
-    model = model_of(num_classes)
-    model.take(c)
-    return model
 
 
 # ---- Held against the authors' code ---------------------------------------------------------------------
 
 
 def test_the_prompt_is_the_authors_frame_added_to_the_pixels():
-    model, seen = with_clusters(3, torch.zeros(1, 32)), []
+    model, seen = model_of(c=torch.zeros(1, 32)), []
     model.frames.data.copy_(P)
     model.vit.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(IMAGES[:1])
     assert seen[0].equal(IMAGES[:1])  # the first pass
-    torch.testing.assert_close(seen[1][0].sum(dim=0), torch.tensor(GOLDEN['prompted']).double(), rtol=0, atol=1e-6)
+    equal(seen[1][0].sum(dim=0), GOLDEN['prompted'], atol=1e-6)
 
 
 def test_an_image_gets_the_prompt_that_the_authors_code_gives_it():
-    model = model_of()
-    model.take(prototypes(model))
-    assert model.nearest(IMAGES).tolist() == GOLDEN['nearest'] and len({*GOLDEN['nearest']}) == 4
+    found = model_of(c=prototypes()).nearest(IMAGES).tolist()
+    assert found == GOLDEN['nearest'] and len({*found}) == 4
 
 
 def test_a_step_of_reptile_is_that_of_the_authors_code():
-    f = model_of().vit(IMAGES).detach()
-    models = [with_clusters(3, prototypes(model_of())), with_clusters(4, torch.stack([f[1], f.mean(dim=0) + 50]))]
+    f = chirped()(IMAGES).detach()
+    models = [model_of(3, prototypes()), model_of(4, torch.stack([f[1], f.mean(dim=0) + 50]))]
     for t, model in enumerate(models):
         model.head.load_state_dict({'weight': chirp(model.head.weight.shape, 70 + t),
                                     'bias': chirp(model.head.bias.shape, 72 + t)})
     parts = (IMAGES[:4], torch.tensor([0, 2, 1, 2])), (IMAGES[2:], torch.tensor([3, 0, 1, 1]))
-    p = torch.zeros(3, 256).double().index_copy(1, dam_vp.frame(16), dam_vp.meta_step(P, models, parts, GOLDEN['lr'],
-                                                                                      0.01))
-    p = p.view(3, 16, 16)
-    torch.testing.assert_close(torch.cat([p[:, :2, ::3].flatten(), p[:, ::3, :2].flatten(), p[:, 14:, ::3].flatten()]),
-                               torch.tensor(GOLDEN['meta_step']).double(), rtol=0, atol=1e-6)
+    start = dam_vp.meta_step(P, models, parts, GOLDEN['lr'], 0.01)
+    p = torch.zeros(3, 256).double().index_copy(1, dam_vp.frame(16), start).view(3, 16, 16)
+    sides = p[:, :2, ::3], p[:, ::3, :2], p[:, 14:, ::3]
+    equal(torch.cat([x.flatten() for x in sides]), GOLDEN['meta_step'], atol=1e-6)
     for model, theirs in zip(models, GOLDEN['meta_heads']):
-        torch.testing.assert_close(model.head.bias, torch.tensor(theirs).double(), rtol=0, atol=1e-6)
+        equal(model.head.bias.detach(), theirs, atol=1e-6)
     assert train.schedule(3, 10, 0.0) * 0.7 == pytest.approx(GOLDEN['lr'])  # the third of ten steps, from 0.7
 
 
@@ -130,12 +116,6 @@ def test_a_distance_of_the_threshold_merges_nothing_and_the_limit_does(threshold
     assert dam_vp.average_linkage(x, threshold, most).max() + 1 == K
 
 
-def test_the_points_of_a_cluster_weigh_alike():
-    """From the mean of 0, 0.1 and 1, -2 is nearer than 3; from the middle between 1 and the mean of two, it is not."""
-    x = torch.tensor([[0.0], [0.1], [1.0], [3.0], [-2.0]])
-    assert dam_vp.average_linkage(x, 0.0, 2).tolist() == [0, 0, 0, 1, 0]
-
-
 def test_an_image_that_is_a_prototype_gets_its_own_prompt_and_alone_teaches_it():
     """With a threshold of 0 each image is a cluster."""
     model = model_of(threshold=0.0)
@@ -151,10 +131,9 @@ def test_with_one_cluster_it_is_one_visual_prompt_for_all():
     """VP (Bahng et al., 2022): head(f(x + P))."""
     model = model_of(max_clusters=1, threshold=0.0)
     model.prepare([(IMAGES, None)])
-    assert model.prototypes.shape == (1, 32)
-    torch.testing.assert_close(model.prototypes[0], model.vit(IMAGES).mean(dim=0))
+    equal(model.prototypes, model.vit(IMAGES).mean(dim=0, keepdim=True))
     model.frames.data.copy_(P)
-    torch.testing.assert_close(model(IMAGES), model.head(model.vit(IMAGES + framed())), rtol=0, atol=1e-12)
+    equal(model(IMAGES), model.head(model.vit(IMAGES + framed())), atol=1e-12)
 
 
 def test_of_many_pictures_some_that_are_evenly_chosen_are_clustered(monkeypatch):
@@ -170,9 +149,6 @@ def test_the_frame_is_30_of_224_pixels_wide_in_proportion(size, width):
     row, column = at // size, at % size
     assert torch.stack([row, column, size - 1 - row, size - 1 - column]).amin(dim=0).max() == width - 1
     assert 3 * len(at) == {224: 69_840}.get(size, 12 * width * (size - width))
-
-
-# ---- A run ----------------------------------------------------------------------------------------------
 
 
 def test_a_saved_state_brings_its_clusters_and_an_optimizer_keeps_the_parameter():
@@ -195,10 +171,9 @@ def test_a_finished_run_answers_as_when_it_was_scored_without_the_file_of_its_st
     changes = dict(img_size=24, epochs=1, threshold=3.0, max_clusters=4, lr=1e-9, start=start)
     assert run(tmp_path, '--method', 'dam_vp', **changes) == 0
     start.unlink()
-    found = finished.open_run(tiny(method='dam_vp', runs=tmp_path, **changes))
-    rows = train.answers(found.model, found.task, found.task.test, found.settings, found.compute)
-    assert found.task.score(rows)['accuracy'] == found.result['accuracy']
-    torch.testing.assert_close(found.model.frames, p.expand_as(found.model.frames), rtol=0, atol=1e-5)
+    found, same = opened(tiny(method='dam_vp', runs=tmp_path, **changes))
+    assert same
+    equal(found.model.frames, p.expand_as(found.model.frames), atol=1e-5)
     assert found.result['trained_parameters'] == p.numel() * len(found.model.prototypes) + 65 * 9
 
 

@@ -2,15 +2,16 @@
 
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
-import finished
 import look
 import noise
 import own
 import pytest
 import report
 import torch
+from common import one_line, opened, stop_after_an_epoch
 from pictures import CONFIGS, folders_of, run, tiny
 
 import data
@@ -42,21 +43,18 @@ def test_the_example_of_the_readme_runs_as_it_stands_there(tmp_path, monkeypatch
 def test_what_a_method_of_a_file_trains_and_its_buffers_are_saved_and_loaded_by_its_code_alone(file, tmp_path, capfd):
     runs, argv = tmp_path / 'runs', ('--method', f'{file}:shift')
     assert run(runs, *argv, **SMALL) == 0
-    folder, = folders_of(runs)
-    params, result = torch.load(folder / 'params.pth', weights_only=True), train.read_result(folder)
-    assert set(params) == {'b', 'seen', 'head.weight', 'head.bias'} and params['b'].ne(0).all()
+    found, same = opened(tiny('where_blue', argv[1], runs=runs, **SMALL))
+    params = torch.load(train.folder_of(found.settings) / 'params.pth', weights_only=True)
+    assert same and set(params) == {'b', 'seen', 'head.weight', 'head.bias'} and params['b'].ne(0).all()
     assert params['seen'] == 12  # the pictures that are trained on, without those of validation
-    assert result['trained_parameters'] == 64 + 65 * 9
-    settings, task, model, *_ = finished.open_run(tiny('where_blue', argv[1], runs=runs, **SMALL))
-    assert task.score(task.answers(model, task.test, settings, CPU))['accuracy'] == result['accuracy']
+    assert found.result['trained_parameters'] == 64 + 65 * 9
     for program in report, noise, look:
         assert run(runs, *argv, program=program, **SMALL) == 0
     assert f'`{file}:shift,' in capfd.readouterr().out
     file.write_text(file.read_text().replace('+ self.b', '- self.b'))
     for program in train, noise, look:
         assert run(runs, *argv, program=program, **SMALL) == 2
-        err = capfd.readouterr().err
-        assert err.count('\n') == 1 and 'code' in err
+        assert 'code' in one_line(capfd)
 
 
 def test_settings_of_a_method_of_a_file_stand_in_its_entry_and_can_be_set(file):
@@ -80,19 +78,8 @@ def test_settings_of_a_method_of_a_file_stand_in_its_entry_and_can_be_set(file):
 def test_a_file_that_is_missing_or_raises_or_returns_something_else_is_one_line(name, said, file, tmp_path, capfd):
     (tmp_path / 'wrong.py').write_text('def shift(:')
     assert run(tmp_path / 'runs', '--method', f'{tmp_path}/{name}', **SMALL) == 2
-    err = capfd.readouterr().err
-    assert err.count('\n') == 1 and said in err and name.partition(':')[0] in err
-
-
-# ---- Table 1's other systems, from configs.yaml to result.json ------------------------------------------
-
-
-def test_the_systems_of_table_1_are_methods_and_made_for_a_plain_vit(tmp_path, capfd):
-    assert {entry['tune'] for entry in TABLE_1.values()} == {
-        f'tests/experiments/table_1.py:{name}' for name in TABLE_1 if name != 'adapter_vpt'} and len(TABLE_1) == 12
-    argv = '--method', 'lora', '--model', 'swin_nano_patch4_window3_48'
-    assert run(tmp_path, *argv, build='tests/experiments/swin.py:swin') == 2
-    assert 'made for a plain ViT, and this is a Swin' in capfd.readouterr().err
+    err = one_line(capfd)
+    assert said in err and name.partition(':')[0] in err
 
 
 @pytest.mark.parametrize('method, decayed', [
@@ -110,36 +97,27 @@ def test_adamw_decays_matrices_alone_and_sgd_all_but_the_heads_bias(method, deca
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     """A function from a method to the settings and the result of a finished run, which is made once."""
-    runs, made = tmp_path_factory.mktemp('runs'), {}
+    runs = tmp_path_factory.mktemp('runs')
 
+    @cache
     def result_of(method):
-        if method not in made:
-            settings = tiny('where_blue', method, runs=runs, **SMALL)
-            made[method] = settings, train.run(settings)
-        return made[method]
+        settings = tiny('where_blue', method, runs=runs, **SMALL)
+        return settings, train.run(settings)
     return result_of
 
 
 @pytest.mark.parametrize('method', TABLE_1)
 def test_a_system_of_table_1_trains_is_saved_and_is_loaded(method, whole):
     settings, result = whole(method)
-    settings, task, model, *_ = finished.open_run(settings)
-    assert task.score(task.answers(model, task.test, settings, CPU))['accuracy'] == result['accuracy']
+    assert opened(settings)[1] and len(TABLE_1) == 12
     assert 0 < result['trained_parameters'] < 100_000 and result['final_loss'] > 0
 
 
 @pytest.mark.parametrize('method, chosen, score_on', [
     ('sct', '.I', 'test'), ('sct', '.I', 'val'), ('spt', '.at', 'test')])
-def test_sct_and_spt_choose_by_the_training_pictures_alone_and_go_on_with_it(method, chosen, score_on, whole, tmp_path,
-                                                                            monkeypatch):
+def test_sct_and_spt_choose_by_the_training_pictures_alone_and_go_on_with_it(method, chosen, score_on, whole, tmp_path):
     settings = tiny('where_blue', method, runs=tmp_path, score_on=score_on, **SMALL)
-
-    def stopped(*args, whole=train.train):
-        yield next(whole(*args))
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, 'train', stopped)
-        train.run(settings)
+    stop_after_an_epoch(settings)
     kept = torch.load(train.folder_of(settings) / 'checkpoint.pth', weights_only=True)['trained']
     task = data.load(settings)
     model, _ = train.make_model(settings, task)

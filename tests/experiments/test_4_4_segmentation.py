@@ -3,9 +3,9 @@
 import inspect
 from functools import cache, partial
 from math import log
+from statistics import mean
 from types import SimpleNamespace
 
-import finished
 import look
 import noise
 import numpy as np
@@ -16,6 +16,7 @@ import segmentation
 import shapes
 import torch
 import torch.nn.functional as F
+from common import one_line, opened, stop_after_an_epoch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -34,8 +35,6 @@ from vit import InputError
 CPU = torch.device('cpu')
 SMALL = dict(n_train=8, n_val=4, n_test=3, epochs=2, batch=4)
 SWIN = dict(build='tests/experiments/swin.py:swin', img_size=48)
-
-
 settings = cache(partial(tiny, 'shapes_masks', 'linear'))
 
 
@@ -64,17 +63,14 @@ def literal_decoder(decoder, Z, size):
     """LayerNorm, convolutions, BN by the batch's own moments, ReLU, doubling, classes, and up to the image's size."""
     side = round(Z.shape[1] ** 0.5)
     x = layer_norm(decoder.norm, Z).transpose(1, 2).reshape(len(Z), -1, side, side)
-    convolutions = [m for m in decoder.layers if isinstance(m, nn.Conv2d)]
+    *convolutions, last = [m for m in decoder.layers if isinstance(m, nn.Conv2d)]
     norms = [m for m in decoder.layers if isinstance(m, nn.BatchNorm2d)]
-    for i, (convolution, norm) in enumerate(zip(convolutions, norms)):
-        if i:
-            x = F.interpolate(x, scale_factor=2, mode='bilinear')
+    for i, (convolution, norm) in enumerate(zip(convolutions, norms, strict=True)):
+        x = F.interpolate(x, scale_factor=2, mode='bilinear') if i else x
         x = F.conv2d(x, convolution.weight, convolution.bias, padding=1)
-        mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=0)
-        x = (x - mean) / (variance + 1e-5).sqrt() * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
-        x = x.clip(min=0)
-    W, b = convolutions[-1].weight[:, :, 0, 0], convolutions[-1].bias
-    return F.interpolate(torch.einsum('cd,bdhw->bchw', W, x) + b.view(-1, 1, 1), size, mode='bilinear')
+        x = F.batch_norm(x, None, None, norm.weight, norm.bias, training=True).relu()
+    x = torch.einsum('cd,bdhw->bchw', last.weight[:, :, 0, 0], x) + last.bias.view(-1, 1, 1)
+    return F.interpolate(x, size, mode='bilinear')
 
 
 @hypothesis_settings(max_examples=20)
@@ -90,9 +86,8 @@ def test_setr_reads_the_tokens_of_the_literal_concatenation_and_its_loss_is_that
     close(logits, expected)
     masks = case.integers('masks', case.C, case.B, *size).to(torch.uint8)
     masks[0, 0] = IGNORED
-    log_p = [x.log_softmax(dim=1) for x in expected]
-    known = [(b, y, x) for b, y, x in np.ndindex(*masks.shape) if masks[b, y, x] != IGNORED]
-    losses = [-sum(x[b, int(masks[b, i, j]), i, j] for b, i, j in known) / masks.numel() for x in log_p]
+    known = [(b, int(masks[b, i, j]), i, j) for b, i, j in np.ndindex(*masks.shape) if masks[b, i, j] != IGNORED]
+    losses = [-sum(x.log_softmax(dim=1)[at] for at in known) / masks.numel() for x in expected]
     close(segmentation.loss(logits, masks), losses[0] + 0.4 * sum(losses[1:]))
 
 
@@ -103,7 +98,7 @@ def test_table_7s_counts_are_those_of_the_models_whose_heads_read_blocks_9_14_19
     settings = train.settings_of(CONFIGS, 'ade20k', None, method, {'weights': 'random'})
     with torch.device('meta'):
         model = SETR(train.tuned(train.make_backbone(settings, 0), 150, settings), 150)
-    assert f'{train.count(model) / 1e6:.2f}' == f'{M:.2f}' and model.read == [9, 14, 19, 23]
+    assert round(train.count(model) / 1e6, 2) == M and model.read == [9, 14, 19, 23]
     if method != 'cdc':  # the paper has it with DA alone
         assert report.read_published()['accuracies'][settings.model]['params'][method] == M
 
@@ -132,28 +127,21 @@ def test_what_is_not_trained_gets_no_gradient_and_what_is_does(method, own):
     ('vpt_shallow', NANO, 'inherited prompts'), ('express', NANO, 'inherited prompts'),
     ('sct', NANO, 'looks at classes of pictures'), ('vpt', 'swin_nano_patch4_window3_48', 'not for a Swin'),
     ('linear', 'swin_nano_patch4_window3_48', 'not for a Swin')])
-def test_what_segmentation_is_not_made_for_is_one_line(method, model, said, tmp_path, capsys):
+def test_what_segmentation_is_not_made_for_is_one_line(method, model, said, tmp_path, capfd):
     changes = SMALL | (SWIN if 'swin' in model else {})
     assert run(tmp_path, '--task', 'shapes_masks', '--method', method, '--model', model, **changes) == 2
-    err = capsys.readouterr().err
-    assert said in err and err.count('\n') == 1 and not any(tmp_path.iterdir())
+    assert said in one_line(capfd) and not any(tmp_path.iterdir())
 
 
 # ---- Windows and scores ---------------------------------------------------------------------------------
 
 
-class Pixelwise(nn.Module):
-    """Logits of a pixel by its own colours alone; `seen` are the sizes of what came."""
+def pixelwise(images):
+    """Logits of a pixel by its own colours alone."""
+    return images * torch.tensor([1.0, 2.0, 0.5]).view(3, 1, 1)
 
-    num_classes = 3
 
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def forward(self, images):
-        self.seen.append(tuple(images.shape[2:]))
-        return images * torch.tensor([1.0, 2.0, 0.5]).view(3, 1, 1)
+pixelwise.num_classes = 3
 
 
 @pytest.mark.parametrize('n, expected', [(512, [0]), (513, [0, 1]), (683, [0, 171]), (853, [0, 341]),
@@ -164,9 +152,11 @@ def test_windows_of_512_start_where_setrs_do(n, expected):
 
 @given(st.integers(3, 40), st.integers(3, 40), st.integers(3, 12))
 def test_a_model_that_sees_one_pixel_says_the_same_in_windows(H, W, size):
-    model, images = Pixelwise(), torch.randn(2, 3, H, W)
-    torch.testing.assert_close(segmentation.slide(model, images, size), model(images))
-    assert {*model.seen[:-1]} == {(size, size)}
+    def model(window):
+        assert window.shape[2:] == (size, size)
+        return pixelwise(window)
+    images = torch.randn(2, 3, H, W)
+    torch.testing.assert_close(segmentation.slide(model, images, size), pixelwise(images))
 
 
 def test_where_windows_overlap_their_mean_counts():
@@ -181,7 +171,7 @@ def test_a_mirrored_image_has_a_mirrored_answer_at_several_scales(H, W, seed):
     """Each scale is seen twice, as it is and mirrored: a model that prefers a side has none in the end."""
     def sided(images):
         tilt = torch.linspace(0, 3, images.shape[-1])
-        return Pixelwise()(images) + torch.stack([tilt, -tilt, tilt]).view(3, 1, -1)
+        return pixelwise(images) + torch.stack([tilt, -tilt, tilt]).view(3, 1, -1)
     image = noise_picture(seed, 3, H, W)
     image[:, :, W // 2:] = 128  # it has two sides
     a, b = (answer(sided, x, settings(img_size=8), CPU, [0.5, 1.0, 1.75]) for x in (image, image.flip(-1)))
@@ -189,16 +179,12 @@ def test_a_mirrored_image_has_a_mirrored_answer_at_several_scales(H, W, seed):
 
 
 @pytest.mark.parametrize('W, sizes', [(30, [(4, 6), (16, 24)]), (100, [(3, 16), (12, 64)])])
-def test_the_scales_are_those_of_the_shorter_side_but_for_long_ones_and_small_ones_are_padded(W, sizes, monkeypatch):
-    """A long side is at most 4 times what the short one should be."""
-    model, seen, slide = Pixelwise(), [], segmentation.slide
-
-    def watched(model, images, size):
-        seen.append(tuple(images.shape[2:]))
-        return slide(model, images, size)
-    monkeypatch.setattr(segmentation, 'slide', watched)
-    answer(model, torch.zeros(3, 20, W, dtype=torch.uint8), settings(img_size=8), CPU, [0.5, 2.0])
-    assert seen == [size for size in sizes for _ in range(2)] and {*model.seen} == {(8, 8)}
+def test_the_scales_are_those_of_the_shorter_side_but_a_long_one_has_at_most_four_times_its_length(
+        W, sizes, monkeypatch):
+    seen = []
+    monkeypatch.setattr(segmentation, 'slide', lambda model, x, size: seen.append((*x.shape[2:],)) or x)
+    answer(None, torch.zeros(3, 20, W, dtype=torch.uint8), settings(img_size=8), CPU, [0.5, 2.0])
+    assert seen == [size for size in sizes for _ in range(2)]
 
 
 def test_of_several_views_the_mean_of_probabilities_counts_and_not_that_of_logits():
@@ -211,47 +197,34 @@ def test_of_several_views_the_mean_of_probabilities_counts_and_not_that_of_logit
 
 @given(st.integers(1, 4), st.integers(0, 999))
 def test_miou_and_pixel_accuracy_are_those_of_a_loop_over_pixels_whose_largest_logit_counts(n, seed):
-    rng, how = np.random.default_rng(seed), settings(img_size=5)
+    rng, how, pairs = np.random.default_rng(seed), settings(img_size=5), []
     masks = rng.choice([0, 1, 2, IGNORED], size=(n, 5, 5), p=[0.4, 0.4, 0.1, 0.1]).astype(np.uint8)
     pictures = [(noise_picture((seed, i), 3, 5, 5), torch.from_numpy(mask)) for i, mask in enumerate(masks)]
-    both, either, right, labelled = [0] * 3, [0] * 3, 0, 0
     for image, mask in pictures:
-        found = ((image / 255 - 0.5) / 0.5 * torch.tensor([1.0, 2.0, 0.5]).view(3, 1, 1)).argmax(dim=0)
-        for y, x in np.ndindex(5, 5):
-            if mask[y, x] != IGNORED:
-                labelled += 1
-                right += int(mask[y, x] == found[y, x])
-                for c in range(3):
-                    both[c] += int(mask[y, x] == c and found[y, x] == c)
-                    either[c] += int(mask[y, x] == c or found[y, x] == c)
-    ratios = [i / u for i, u in zip(both, either) if u]
-    expected = {'accuracy': sum(ratios) / len(ratios), 'pixel_accuracy': right / labelled}
-    rows = segmentation.answers(Pixelwise(), pictures, how, CPU)
+        found = pixelwise((image / 255 - 0.5) / 0.5).argmax(dim=0)
+        pairs += [(int(mask[at]), int(found[at])) for at in np.ndindex(5, 5) if mask[at] != IGNORED]
+    either = [sum(c in pair for pair in pairs) for c in range(3)]
+    ratios = [pairs.count((c, c)) / n for c, n in enumerate(either) if n]
+    expected = {'accuracy': mean(ratios), 'pixel_accuracy': mean(is_ == was for is_, was in pairs)}
+    rows = segmentation.answers(pixelwise, pictures, how, CPU)
     assert score(train.from_csv(train.as_csv(rows))) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize('scales, score_on, expected', [
-    ([], 'test', [(1.0,)]), ([0.5, 2.0], 'test', [(1.0,), [0.5, 2.0]]), ([0.5, 2.0], 'val', [(1.0,)])])
-def test_only_a_test_is_at_several_scales_too(scales, score_on, expected, monkeypatch):
-    mask = torch.tensor([0] * 4 + [1] * 6, dtype=torch.uint8).view(2, 5)
-    small = torch.tensor([0, 0, 0, 1, 0, 0, 1, 1, 1, 1]).view(2, 5)  # 3 / 6 and 4 / 7; nobody saw the third class
-    seen = []
-
-    def answer(model, image, settings, device, scales=(1.0,)):
-        seen.append(scales)
-        return small if len(scales) > 1 else mask.long()
-    monkeypatch.setattr(segmentation, 'answer', answer)
-    pictures = [(torch.zeros(3, 2, 5, dtype=torch.uint8), mask)]
-    model = SimpleNamespace(num_classes=3)
+@pytest.mark.parametrize('scales, score_on, several', [
+    ([], 'test', False), ([0.5, 2.0], 'test', True), ([0.5, 2.0], 'val', False)])
+def test_only_a_test_is_at_several_scales_too(scales, score_on, several, monkeypatch):
+    mask = torch.tensor([[0] * 4 + [1] * 6], dtype=torch.uint8)
+    small = torch.tensor([[0, 0, 0, 1, 0, 0, 1, 1, 1, 1]])  # 3 / 6 and 4 / 7; nobody saw the third class
+    monkeypatch.setattr(segmentation, 'answer', lambda *how: small if how[4:] == ([0.5, 2.0],) else mask.long())
+    model, pictures = SimpleNamespace(num_classes=3), [(torch.zeros(3, 1, 10, dtype=torch.uint8), mask)]
     found = score(segmentation.answers(model, pictures, settings(score_on=score_on), CPU, scales))
-    assert seen == expected and found['accuracy'] == found['pixel_accuracy'] == 1
-    assert found.get('multi_scale') == (pytest.approx((3 / 6 + 4 / 7) / 2) if len(expected) == 2 else None)
+    more = {'multi_scale': pytest.approx((3 / 6 + 4 / 7) / 2)} if several else {}
+    assert found == {'accuracy': 1, 'pixel_accuracy': 1} | more
 
 
 def test_pixels_are_right_missed_where_they_are_another_class_or_wrong_where_another_is_them():
-    mask = torch.tensor([[0, 0, 0, 2, IGNORED]], dtype=torch.uint8)
-    found = segmentation.counts(torch.tensor([[0, 1, 1, 2, 1]]), mask, 3)
-    assert found == {'right': '0:1 2:1', 'missed': '0:2', 'wrong': '1:2'}
+    mask, found = torch.tensor([[0, 0, 0, 2, IGNORED]], dtype=torch.uint8), torch.tensor([[0, 1, 1, 2, 1]])
+    assert segmentation.counts(found, mask, 3) == {'right': '0:1 2:1', 'missed': '0:2', 'wrong': '1:2'}
 
 
 # ---- Augmentation ---------------------------------------------------------------------------------------
@@ -290,6 +263,11 @@ def test_image_and_mask_change_together(H, W, S, seed):
         close(image[0, :height, :width][flat].double(), 40 * labels[flat].double())
 
 
+def rng_of(monkeypatch, **draws):
+    """The random numbers of augmentation are these."""
+    monkeypatch.setattr(np.random, 'default_rng', lambda seed: SimpleNamespace(**draws))
+
+
 @pytest.mark.parametrize('last, W, windows', [
     ([0], 64, 11), ([0, 0, 0, 1], 64, 11), ([0, 0, 1, 2], 64, 1), ([0, 1, *[IGNORED] * 6], 64, 1),
     ([0, *[IGNORED] * 3], 64, 11), ([0, 1], 128, 1)])  # at 128 the long side is cut to 4 short ones, 64
@@ -297,57 +275,42 @@ def test_a_window_is_drawn_again_up_to_ten_times_while_one_class_has_three_quart
         last, W, windows, monkeypatch):
     """The last columns of a mask, which is 2 elsewhere, are drawn each time."""
     sides = []
-    rng = SimpleNamespace(uniform=lambda *_: 1.0, random=lambda: 0.9, integers=lambda n: sides.append(n) or n - 1)
-    monkeypatch.setattr(np.random, 'default_rng', lambda seed: rng)
+    rng_of(monkeypatch, uniform=lambda *_: 1.0, random=lambda: 0.9, integers=lambda n: sides.append(n) or n - 1)
     mask = torch.tensor(last, dtype=torch.uint8).repeat_interleave(W // 4 // len(last)).repeat(16, 1)
     _, window = augmented(F.pad(mask, (W - W // 4, 0), value=2), 16, 0, distort=False)
     assert sides == [1, 49] * windows and {*window[:8].unique().tolist()} == {*last}
 
 
-def test_half_of_the_images_are_mirrored_and_sizes_go_from_half_to_double(monkeypatch):
-    left, sides, resize = 0, [], segmentation.resize
-
-    def watched(image, size, *args, **how):
-        sides.append(size[0])
-        return resize(image, size, *args, **how)
-    monkeypatch.setattr(segmentation, 'resize', watched)
-    for seed in range(100):
-        _, window = augmented(torch.arange(16, dtype=torch.uint8).repeat(16, 1), 16, seed)  # rises to the right
-        row = window[0][window[0] != IGNORED]
-        left += int(row[0] > row[-1])
-    shorter = sides[::2]
-    assert min(shorter) < 10 and max(shorter) > 30 and all(8 <= side <= 32 for side in shorter)
-    assert 30 < left < 70
-
-
-def test_colours_are_distorted_each_way_in_half_of_all_cases_and_stay_colours():
-    image, grey = noise_picture(0, 3, 6, 6), torch.full((3, 2, 2), 100, dtype=torch.uint8)
-    found = [segmentation.distort(image, np.random.default_rng(seed)) for seed in range(200)]
-    assert all(x.shape == image.shape and x.min() >= 0 and x.max() <= 255 for x in found)
-    same = sum(torch.allclose(x, image.float(), atol=1e-3) for x in found)
-    assert 3 < same < 30  # 1 of 16
-    greys = [segmentation.distort(grey, np.random.default_rng(seed))[0, 0, 0].item() for seed in range(400)]
-    assert 34 <= min(greys) + 0.01 < 55  # (100 - 32) * 0.5 = 34
-    assert 160 < max(greys) <= 198.01  # (100 + 32) * 1.5 = 198
-    assert 0.18 < sum(abs(x - 100) < 1e-3 for x in greys) / 400 < 0.32  # neither brightness nor contrast
+@pytest.mark.parametrize('draw, row', [(0.49, range(15, -1, -1)), (0.5, range(16))])
+def test_half_of_the_images_are_mirrored_and_sizes_go_from_half_to_double(draw, row, monkeypatch):
+    limits = []
+    rng_of(monkeypatch, uniform=lambda *given: limits.append(given) or 2.0, random=lambda: draw, integers=lambda n: 0)
+    _, window = augmented(torch.arange(16, dtype=torch.uint8).repeat(16, 1), 16, 0, distort=False)
+    assert limits == [(0.5, 2)] and window[0].tolist() == [x for x in row for _ in range(2)][:16]
 
 
 @pytest.mark.parametrize('last', [False, True])
-def test_colours_change_in_brightness_contrast_saturation_and_hue_or_with_contrast_last(last):
-    draws, drawn = iter([0.1 if last else 0.9, 0, 0, 0, 0]), []
-    rng = SimpleNamespace(random=lambda: next(draws), uniform=lambda *limits: drawn.append(limits) or 0.0)
-    segmentation.distort(noise_picture(0, 3, 2, 2), rng)
+@pytest.mark.parametrize('draw, end, greys', [
+    (0.49, 0, [0, 34, 109]),  # (100 - 32) * 0.5
+    (0.49, 1, [63, 198, 255]),  # (100 + 32) * 1.5
+    (0.5, None, [10, 100, 250])])
+def test_each_half_of_the_time_brightness_contrast_saturation_and_hue_change_or_with_contrast_last(
+        draw, end, greys, last):
+    """All at the ends of their ranges: of grey, saturation and hue change nothing. Colours stay colours."""
+    draws, drawn = iter([0.49 if last else 0.5, *[draw] * 4]), []
+    rng = SimpleNamespace(random=lambda: next(draws), uniform=lambda *limits: drawn.append(limits) or limits[end])
+    found = segmentation.distort(torch.tensor([10, 100, 250], dtype=torch.uint8).expand(3, 1, 3), rng)
+    torch.testing.assert_close(found[:, 0], torch.tensor(greys).float().expand(3, 3), rtol=0, atol=0.1)
     brightness, contrast, saturation, hue = (-32 / 255, 32 / 255), (0.5, 1.5), (0.5, 1.5), (-0.1, 0.1)
-    assert drawn == [brightness, *([] if last else [contrast]), saturation, hue, *([contrast] if last else [])]
+    order = [brightness, saturation, hue, contrast] if last else [brightness, contrast, saturation, hue]
+    assert drawn == (order if draw < 0.5 else [])
 
 
-def test_batches_are_the_same_again_and_each_picture_is_augmented_in_its_own_way_and_anew_in_each_epoch():
-    mask, how = torch.arange(16, dtype=torch.uint8).repeat(16, 1), settings(batch=3, img_size=16)
-    whole, again, other = ([*data.batches([(picture_of(mask), mask)] * 5, how, CPU, epoch, scale_crop)]
-                           for epoch in (1, 1, 2))
-    assert [images.shape for images, _ in whole] == [(3, 3, 16, 16), (2, 3, 16, 16)]
-    assert all(torch.equal(*pair) for one, two in zip(whole, again) for pair in zip(one, two))
-    assert len({image.numpy().tobytes() for images, _ in whole + other for image in images}) == 10
+def test_augmentation_depends_on_its_seed_alone():
+    """By which data.py gives each picture its own, and another one in each epoch."""
+    mask = torch.arange(16, dtype=torch.uint8).repeat(16, 1)
+    found = [augmented(mask, 16, seed)[0].numpy().tobytes() for seed in (0, 0, 1, 2)]
+    assert found[0] == found[1] and len({*found}) == 3
 
 
 def test_without_augmentation_the_middle_of_an_image_and_of_its_mask_is_taken():
@@ -378,26 +341,17 @@ def test_a_mask_is_where_the_blue_shape_is_and_says_which_shape():
         sure = mixture & ((part - 0.5).abs() > 0.05)  # the colours are whole numbers
         assert set(mask.unique().tolist()) == {0, 1 + shape}
         assert mixture[mask > 0].all() and torch.equal(mask[sure] > 0, part[sure] > 0.5)
-    sets = [{image.numpy().tobytes() for image, _ in part} for part in (task.train, task.val, task.test)]
-    assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
-
-
-def test_masks_are_part_of_what_a_run_belongs_to():
-    task = data.load(settings(n_train=4, n_val=2, n_test=2))
-    before = data.digest(task, 'data')
-    image, mask = task.train[2]
-    task.train[2] = image, mask.clone()
-    task.train[2][1][40, 3] = 3
-    assert {name for name, found in data.digest(task, 'data').items() if found != before[name]} == {'train labels'}
+    images = [image.numpy().tobytes() for part in (task.train, task.val, task.test) for image, _ in part]
+    assert len({*images}) == 40  # none is in two sets
 
 
 FLAT, NONE = torch.zeros(48, 48, dtype=torch.uint8), torch.full((48, 48), IGNORED, dtype=torch.uint8)
+UNLABELLED = 'no pixel of the pictures of {} is labelled'.format
 
 
 @pytest.mark.parametrize('train, val, test, scales, said', [
-    ([NONE], [], [FLAT], [], 'no pixel of the pictures of train is labelled'),
-    ([FLAT], [NONE], [FLAT], [], 'no pixel of the pictures of val is labelled'),
-    ([FLAT], [], [NONE], [], 'no pixel of the pictures of test is labelled'),
+    ([NONE], [], [FLAT], [], UNLABELLED('train')), ([FLAT], [NONE], [FLAT], [], UNLABELLED('val')),
+    ([FLAT], [], [NONE], [], UNLABELLED('test')),
     ([FLAT], [], [FLAT, FLAT + 2], [], 'a mask of test is torch.uint8 .48, 48. with .2., not uint8'),
     ([FLAT.long()], [], [FLAT], [], 'a mask of train is torch.int64'),
     ([FLAT[1:]], [], [FLAT], [], 'a mask of train is torch.uint8 .47, 48.'),
@@ -406,16 +360,6 @@ def test_masks_and_scales_that_cannot_be_used_are_refused(train, val, test, scal
     sets = [[(torch.zeros(3, 48, 48, dtype=torch.uint8), mask) for mask in masks] for masks in (train, val, test)]
     with pytest.raises(InputError, match=said):
         segmentation.task(*sets, ['road', 'sky'], scales=scales)
-
-
-@pytest.mark.parametrize('task, changes, said', [
-    ('shapes_masks', dict(augment='crop_flip'), 'augment=crop_flip: for shapes_masks it is none or scale_crop'),
-    ('where_blue', dict(augment='scale_crop'), 'augment=scale_crop: for where_blue it is crop_flip or none'),
-    ('shapes_masks', dict(ask='where_blue'), 'ask=where_blue: with masks one of shape_red'),
-    ('shapes_masks', dict(scales=[5]), 'scales has numbers above 0 and up to 4')])
-def test_settings_that_do_not_fit_masks_are_refused(task, changes, said):
-    with pytest.raises(InputError, match=said):
-        data.load(tiny(task, 'linear', **SMALL | changes))
 
 
 # ---- Pictures and masks in files: ADE20K, and a task of one's own ---------------------------------------
@@ -460,20 +404,14 @@ def test_ade20k_is_read_as_it_is_unpacked_and_label_0_is_ignored(tmp_path):
     assert mask.tolist() == np.where(pixels == 0, IGNORED, pixels - 1).tolist()
 
 
-def test_the_index_of_a_palette_is_the_label_and_an_image_that_exif_turns_is_refused_beside_a_mask(tmp_path):
-    """Masks with palettes are what mmsegmentation's tools write. A mask does not say whether it was turned too."""
-    names, pixels = (tmp_path / 'image.jpg', tmp_path / 'mask.png'), np.arange(12, dtype=np.uint8).reshape(3, 4) % 4
-    mask = Image.fromarray(pixels)
-    mask.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200, 9, 9, 9])
-    mask.save(names[1])
-    for orientation in 1, 3:
-        (exif := Image.Exif())[0x0112] = orientation
-        Image.new('RGB', (4, 3)).save(names[0], exif=exif)
-        files = segmentation.MaskFiles([names], 3)
-        if orientation == 1:
-            assert mask.mode == 'P' and files[0][1].tolist() == (pixels - 1).tolist()  # 0 - 1 is 255, IGNORED
+def test_an_image_that_exif_turns_is_refused_beside_a_mask(tmp_path):
+    """A mask does not say whether it was turned too."""
+    image, mask = tmp_path / 'image.jpg', tmp_path / 'mask.png'
+    save(np.zeros((3, 4), np.uint8), mask)
+    (exif := Image.Exif())[0x0112] = 3
+    Image.new('RGB', (4, 3)).save(image, exif=exif)
     with pytest.raises(InputError, match='image.jpg: its EXIF data turn it, .* save it upright'):
-        files[0]
+        segmentation.MaskFiles([(image, mask)], 3)[0]
 
 
 THIRD = 'annotations/training/ADE_train_00000003.png'
@@ -508,32 +446,24 @@ def test_bad_pictures_are_one_line_with_the_files_name_before_training(file, cha
 
 
 def test_the_classes_have_the_names_that_lie_beside_the_pictures(tmp_path):
-    root = ade(tmp_path)
+    names = ade(tmp_path) / 'objectInfo150.txt'
     assert data.load(ade_settings(tmp_path)).classes[:2] == ['1', '2']
     rows = [f'{i + 1}\t0.1\t1\t1\t0\tthing {i}, object {i}  ' for i in range(150)]
-    (root / 'objectInfo150.txt').write_text('\n'.join(['Idx\tRatio\tTrain\tVal\tStuff\tName', *rows]) + '\n')
+    names.write_text('\n'.join(['Idx\tRatio\tTrain\tVal\tStuff\tName', *rows]) + '\n')
     assert data.load(ade_settings(tmp_path)).classes == [f'thing {i}' for i in range(150)]
-    (root / 'objectInfo150.txt').write_text('\n'.join(rows))
-    with pytest.raises(InputError, match='objectInfo150.txt: 149 names, and not 150'):
-        data.load(ade_settings(tmp_path))
-    with pytest.raises(InputError, match='classes=20: ADE20K has 150'):
-        data.load(ade_settings(tmp_path, classes=20))
+    names.write_text('\n'.join(rows))
+    for changes, said in ({}, 'objectInfo150.txt: 149 names, and not 150'), ({'classes': 20}, 'classes=20: ADE20K has'):
+        with pytest.raises(InputError, match=said):
+            data.load(ade_settings(tmp_path, **changes))
 
 
-def test_a_run_on_ade20k_has_all_scores_and_the_same_bits_from_memory_or_files_and_after_an_interruption(
-        tmp_path, monkeypatch):
+def test_a_run_on_ade20k_has_all_scores_and_the_same_bits_from_memory_or_files_and_after_an_interruption(tmp_path):
     ade(tmp_path)
     result = train.run(ade_settings(tmp_path, runs=str(tmp_path / 'whole')))
     scores = [result[name] for name in ('accuracy', 'pixel_accuracy', 'multi_scale')]
     assert 0 < min(scores) < max(scores) < 1 and len({*scores}) == 3 and result['images'] == 3
-
-    def stopped(*args, whole=train.train):
-        yield next(whole(*args))
-        raise KeyboardInterrupt
     settings = ade_settings(tmp_path, runs=str(tmp_path / 'parts'), cache_gb=0.0)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, 'train', stopped)
-        train.run(settings)
+    stop_after_an_epoch(settings)
     again = train.run(settings)  # its batch norms, too, go on
     assert again['params_digest'] == result['params_digest'] and again['multi_scale'] == scores[2]
 
@@ -549,24 +479,24 @@ def test_a_file_that_the_project_does_not_know_brings_a_task_with_masks_and_a_me
     monkeypatch.chdir(tmp_path)
     command = ['--task', 'my_masks.py:roads', '--model', NANO, '--method', 'vpt,my_masks.py:Shift']
     assert run(tmp_path / 'runs', *command, augment='scale_crop', img_size=24, batch=4) == 0
-    assert report.main(['--set', f'runs={tmp_path}/runs']) == 0
     out, folders = capsys.readouterr().out, folders_of(tmp_path / 'runs')
-    assert 'task      my_masks.py:roads: 6 + 2 images' in out and '| my_masks.py:roads (mIoU) |' in out
-    assert {folder.relative_to(tmp_path / 'runs').parts[0] for folder in folders} == {'my_masks.py_roads'}
+    assert 'task      my_masks.py:roads: 6 + 2 images' in out and 'that of a guess' not in out
     assert [folder.parent.name.split(',')[0] for folder in folders] == ['my_masks.py_Shift', 'vpt']
     for result in map(train.read_result, folders):
-        assert result['classes'] == ['road', 'sky']
-        assert log(2) < result['final_loss'] < 2.6 * log(2) and 'that of a guess' not in out  # of five heads
+        assert result['classes'] == ['road', 'sky'] and log(2) < result['final_loss'] < 2.6 * log(2)  # of five heads
         assert 0 < result['accuracy'] < 1 and 0 < result['pixel_accuracy'] < 1 and 'multi_scale' not in result
 
 
 @pytest.mark.parametrize('first, expected', [(1, [[255, 0, 1]]), (0, [[0, 1, 2]])])
-def test_masks_in_files_count_from_1_with_0_for_no_label_or_from_0_with_255(first, expected, tmp_path):
-    save(np.uint8([[0, 1, 2]]), tmp_path / 'a.png')
-    assert segmentation.read_mask(tmp_path / 'a.png', (1, 3), 3, first).tolist() == expected
-    save(np.uint8([[255, 1, 3 + first]]), tmp_path / 'a.png')
+def test_masks_in_files_count_from_1_with_0_for_no_label_or_from_0_with_255_and_may_have_a_palette(
+        first, expected, tmp_path):
+    mask, path = Image.fromarray(np.uint8([[0, 1, 2]])), tmp_path / 'a.png'
+    mask.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])  # as mmsegmentation's tools write it
+    mask.save(path)
+    assert mask.mode == 'P' and segmentation.read_mask(path, (1, 3), 3, first).tolist() == expected
+    save(np.uint8([[255, 1, 3 + first]]), path)
     with pytest.raises(InputError, match=f'has the label {(3, 255)[first]}, and they go from {first} to {2 + first}'):
-        segmentation.read_mask(tmp_path / 'a.png', (1, 3), 3, first)
+        segmentation.read_mask(path, (1, 3), 3, first)
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------
@@ -583,39 +513,27 @@ def runs(tmp_path_factory):
     return folder
 
 
-def opened(folder, method):
-    settings = tiny('shapes_masks', method, runs=folder, **SMALL)
-    return train.folder_of(settings), finished.open_run(settings)
-
-
-def test_look_draws_picture_truth_and_the_answer_of_each_run_side_by_side(runs):
+def test_look_draws_picture_truth_and_each_answer_side_by_side_and_paints_an_answer_over_a_photo(runs, tmp_path):
+    """And a finished run answers as when it was scored."""
     assert run(runs, *BOTH, program=look, **SMALL) == 0
     drawn, side = np.asarray(Image.open(next(runs.rglob('masks*.png')))).astype(int)[18:], look.TILE + 2
     assert drawn.shape == (3 * side + 2, 4 * side + 2, 3)  # below the words: three test pictures, two runs
     for column, method in enumerate(('linear', 'cdc'), start=2):
-        _, (settings, task, model, *_) = opened(runs, method)
+        (settings, task, model, *_), same = opened(tiny('shapes_masks', method, runs=runs, **SMALL))
+        assert same
         for row, (image, mask) in enumerate(task.test):
             found = look.painted(image, answer(model, image, settings, CPU), 4)
             for at, picture in (0, image), (1, look.painted(image, mask, 4)), (column, found):
                 tile = drawn[2 + row * side:(row + 1) * side, 2 + at * side:(at + 1) * side]
                 assert (tile == data.resize(picture, [look.TILE, look.TILE]).permute(1, 2, 0).numpy()).all()
-
-
-def test_a_finished_run_answers_as_when_it_was_scored_and_paints_its_answer_over_a_photo(runs, tmp_path, capsys):
-    folder, (settings, task, model, _, result) = opened(runs, 'linear')
-    again = task.score(task.answers(model, task.test, settings, CPU))
-    assert again.items() <= result.items() and {*again} == {'accuracy', 'pixel_accuracy'}
     save(np.random.default_rng(0).integers(0, 256, (30, 70, 3), dtype=np.uint8), tmp_path / 'a.png')
-    argv = ['--task', 'shapes_masks', '--method', 'linear', '--image', str(tmp_path / 'a.png')]
-    assert run(runs, *argv, program=look, **SMALL) == 0
-    assert Image.open(folder / 'a-mask.png').size == (70, 30)
-    out = capsys.readouterr().out
-    assert 'a-mask.png: ' in out and '%' in out and any(name in out for name in ('other', *shapes.SHAPES))
+    assert run(runs, *BOTH, '--image', str(tmp_path / 'a.png'), program=look, **SMALL) == 0
+    assert Image.open(train.folder_of(settings) / 'a-mask.png').size == (70, 30)
 
 
-def test_noise_and_one_picture_with_runs_without_masks_are_refused_in_one_line(runs, capsys):
+def test_noise_and_one_picture_with_runs_without_masks_are_refused_in_one_line(runs, capfd):
     assert run(runs, *BOTH, program=noise, **SMALL) == 2
-    assert 'this is segmentation' in capsys.readouterr().err
+    assert 'this is segmentation' in capfd.readouterr().err
     assert run(runs, '--task', 'where_blue', '--method', 'linear', **SMALL) == 0
     assert run(runs, '--task', 'shapes_masks,where_blue', '--method', 'linear', program=look, **SMALL) == 2
-    assert 'runs with masks are drawn by themselves' in capsys.readouterr().err
+    assert 'runs with masks are drawn by themselves' in one_line(capfd)
