@@ -116,6 +116,18 @@ def test_inherited_prompts_depend_on_the_image_and_on_a_little_noise_in_all_laye
     assert ((P_hat[0, 1:] - P_hat[1, 1:]).abs().amax(dim=2) > 1e-12).all()
 
 
+@pytest.mark.parametrize('method', ['vpt', 'vanilla_cdc', 'cdc', 'cdc_da'])
+@fewer
+@given(cases(), st.floats(-100, 100), st.booleans())
+def test_no_image_has_a_part_in_the_prompts_of_vpt_and_of_all_kinds_of_cdc(method, case, scale, noise):
+    """4.3, noise robustness: CDC "not transmits image information through cross-layer connection". The derivative of
+    P̂^l along a direction of noise is 0 to the bit."""
+    model = model_of(case, method)
+    images = scale * (case.images() if noise else torch.ones_like(case.images()))
+    assert torch.equal(entered(model, images), model.prompts())
+    assert model.prompts().shape == (case.L, case.N, case.D)
+
+
 # ---- VPT-shallow, (B) ProVP and (C) EXPRESS -------------------------------------------------------------
 
 

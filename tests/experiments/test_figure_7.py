@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from common import one_line
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pictures import NANO, images_tested, run, save_picture
@@ -17,26 +18,9 @@ import look
 import train
 
 TILE = look.TILE
-SMALL = dict(epochs=1, n_test=6)
 
 
-@pytest.fixture(scope='module')
-def runs(tmp_path_factory):
-    """A folder with finished runs of three methods, and one of them on a ViT with more layers."""
-    folder = tmp_path_factory.mktemp('runs')
-    assert run(folder, '--method', 'linear,vpt,ivpt', **SMALL) == 0
-    assert run(folder, '--method', 'linear', '--model', 'vit_tiny_patch16_48', **SMALL) == 0
-    return folder
-
-
-def looks(folder, *argv):
-    """`python tests/experiments/look.py ARGV`. Returns the exit status."""
-    return run(folder, *argv, program=look, **SMALL)
-
-
-# ---- A map ----------------------------------------------------------------------------------------------
-
-
+@settings(max_examples=10)
 @given(st.sampled_from([1, 2, 6, 7, 14]), st.data())
 def test_attention_lands_on_the_pixels_of_its_patch(side, draw):
     """All attention on one patch: that patch is white-hot, every other pixel is the picture, grey and darkened."""
@@ -72,35 +56,6 @@ def test_reinforced_patches_are_outlined_and_no_other(patch):
     assert not changed[y.min() + 4:y.max() - 3, x.min() + 4:x.max() - 3].any()  # an outline and no area
 
 
-def test_the_legend_goes_from_black_to_white():
-    colours = look.legend(torch.empty(3, 1, 3 * TILE))[:, 9, TILE:2 * TILE].int().sum(dim=0)
-    assert colours[0] == 0 and colours[-1] == 3 * 255 and (colours.diff() >= 0).all()
-
-
-# ---- The picture ----------------------------------------------------------------------------------------
-
-
-def test_runs_are_stacked_in_one_picture_and_one_run_is_drawn_in_its_own_folder(runs, capsys):
-    """Figure 7: a row an image and method, a column the image and each of the 6 layers; and what colours mean. A second
-    picture does not overwrite the first."""
-    assert looks(runs, '--method', 'vpt,ivpt,linear') == 0
-    assert looks(runs, '--method', 'vpt') == looks(runs, '--method', 'vpt') == 0
-    assert len([*runs.rglob('vpt,*/seed0/attention-2.png')]) == 1
-    rows = {'attention,vpt+ivpt+linear,*,seed0.png': 12, 'vpt,*/seed0/attention.png': 4}
-    for name, n in rows.items():
-        file, = runs.rglob(name)
-        with Image.open(file) as image:
-            assert image.size == (7 * (TILE + 2) + 2, 18 + n * (18 + TILE + 4) + 18)
-    assert capsys.readouterr().out.count('drawn: ') == 3
-
-
-def test_runs_of_other_depths_are_not_drawn_together(runs, capfd):
-    assert looks(runs, '--method', 'linear', '--model', f'{NANO},vit_tiny_patch16_48') == 2
-    assert 'different numbers of layers' in capfd.readouterr().err
-
-
-# ---- What stands where in the picture -------------------------------------------------------------------
-
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
@@ -115,7 +70,8 @@ def own(tmp_path_factory):
     with images_tested() as tested:
         assert train.main(argv) == 0
     photos = sorted(str(path) for path in (folder / 'data' / 'test').rglob('*.png'))
-    return SimpleNamespace(argv=argv, photos=photos, folder=folder, tested=tested[2])
+    vpt = [word.replace('vpt,ivpt', 'vpt') for word in argv]
+    return SimpleNamespace(argv=argv, vpt=vpt, photos=photos, folder=folder, tested=tested[2])
 
 
 @pytest.fixture
@@ -165,6 +121,18 @@ def test_a_row_is_a_test_image_and_each_layers_map_and_the_runs_of_an_image_stan
     assert len({tile.numpy().tobytes() for _, tiles in rows for tile in tiles}) == 4 + 8 * 6
 
 
+def test_one_run_is_drawn_in_its_own_folder_and_a_second_picture_does_not_overwrite_the_first(own):
+    assert [look.main(own.vpt) for _ in range(2)] == [0, 0]
+    names = {path.name for path in own.folder.glob('folder/*/vpt,*/seed0/*.png')}
+    assert names == {'attention.png', 'attention-2.png'}
+
+
+def test_runs_of_other_depths_are_not_drawn_together(tmp_path, capfd):
+    argv = '--method', 'linear', '--model', f'{NANO},vit_tiny_patch16_48'
+    assert [run(tmp_path, *argv, program=program, epochs=1) for program in (train, look)] == [0, 2]
+    assert 'different numbers of layers' in one_line(capfd)
+
+
 def test_a_photo_is_prepared_as_test_images_are_and_its_classes_stand_in_the_order_of_their_logits(own, looked, capsys):
     assert look.main([*own.argv, '--image', *own.photos[3:5]]) == 0
     lines = [line.split(': ') for line in capsys.readouterr().out.splitlines() if ', by ' in line]
@@ -201,13 +169,12 @@ def test_photos_of_one_name_in_two_folders_have_masks_of_their_own(tmp_path, mon
     assert {path.name for path in tmp_path.glob('*.png')} == {'x_cat-mask.png', 'y_cat-mask.png'}
 
 
-def test_what_is_no_image_is_one_line_with_its_name(runs, tmp_path, capfd):
+def test_what_is_no_image_is_one_line_with_its_name(own, tmp_path, capfd):
     (tmp_path / 'cut.png').write_bytes(b'\x89PNG\r\n\x1a\n cut')
     (tmp_path / 'empty').mkdir()
     for name in 'cut.png', '.', 'empty', 'missing.png':
-        assert looks(runs, '--method', 'vpt', '--image', str(tmp_path / name)) == 2
-        err = capfd.readouterr().err
-        assert err.count('\n') == 1 and str(tmp_path / name) in err
+        assert look.main([*own.vpt, '--image', str(tmp_path / name)]) == 2
+        assert str(tmp_path / name) in one_line(capfd)
 
 
 def test_of_many_classes_each_has_a_colour():

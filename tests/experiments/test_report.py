@@ -5,9 +5,11 @@ from dataclasses import replace
 from statistics import fmean, stdev
 
 import pytest
+from common import one_line
 from pictures import CONFIGS, run, table, tiny
 
 import answers
+import curves
 import published
 import report
 import sweep
@@ -24,8 +26,8 @@ def results(tmp_path):
         settings = train.settings_of(CONFIGS, task, model, method, changes | {'seed': seed, 'runs': str(tmp_path)})
         settings = sweep.with_values(replace(settings, label=label), best)
         how = settings.pictures
-        counts = {'train names': how.n_train, 'val names': how.n_val, 'test names': how.n_test}
-        identity = {'backbone': '00aa', 'pictures by': how.source, **{name: f'{n} 00bb' for name, n in counts.items()}}
+        identity = {'backbone': '00aa', 'pictures by': how.source, 'train names': f'{how.n_train} 00bb',
+                    'val names': f'{how.n_val} 00bb', 'test names': f'{how.n_test} 00bb', **more.pop('identity', {})}
         rows = [{'picture': i, 'class': 1, 'taken_for': int(i < 1000 * accuracy)} for i in range(1000)]
         rows = train.as_csv(more.pop('rows', rows))
         result = {'task': task, 'model': settings.model, 'method': method, 'seed': seed, 'accuracy': accuracy,
@@ -33,9 +35,9 @@ def results(tmp_path):
                   'settings': train.as_dict(settings), 'identity': identity, 'classes': ['cat', 'dog', 'cow'],
                   'params_digest': train.digest(b'x'), 'predictions_digest': train.digest(rows)} | more
         folder = tmp_path / place if place else train.folder_of(settings)
-        train.write(folder / 'params.pth', b'x')
-        train.write(folder / 'predictions.csv', rows)
-        train.write(folder / 'result.json', json.dumps(train.signed(result)).encode())
+        files = {'params.pth': b'x', 'predictions.csv': rows, 'result.json': json.dumps(train.signed(result)).encode()}
+        for name, content in files.items():
+            train.write(folder / name, content)
     return put
 
 
@@ -52,13 +54,19 @@ def reported(tmp_path, capsys, monkeypatch):
     return reported
 
 
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """The same, where it is refused: the one line."""
+    def refused(*argv):
+        assert report.main([*argv, '--set', f'runs={tmp_path}']) == 2
+        return one_line(capsys)
+    return refused
+
+
 def test_a_group_stands_for_its_tasks_and_a_group_of_groups_for_all_of_theirs():
     configs = {'groups': {'a': ['x', 'y'], 'b': ['z'], 'all': ['a', 'b']}}
     assert train.tasks_of(configs, ['all', 'w', 'a'])[:4] == ['x', 'y', 'z', 'w']
     assert report.columns(configs, ['all']) == ['x', 'y', 'a', 'z', 'b', 'all']
-
-
-# ---- Tables ---------------------------------------------------------------------------------------------
 
 
 def test_a_report_has_means_over_seeds_the_papers_numbers_and_the_difference(results, reported):
@@ -99,26 +107,20 @@ def test_a_group_is_a_mean_over_the_seeds_that_have_all_its_tasks(results, repor
     assert cells[2:] == ['55.0 ± 49.5', '40.0, 1 of 2 seeds', '30.0, 1 of 2 seeds']
 
 
-def test_what_the_runs_of_a_column_differ_in_is_said_below_the_table(results, reported):
+def test_what_the_runs_of_a_column_differ_in_is_said_below_the_table_and_which_rates_a_search_found(results, reported):
     results('where_blue', 'vpt', 0, 0.5)
     results('where_blue', 'vpt', 1, 0.5, {'workers': 3})
     results('where_blue', 'cdc', 0, 0.5)
     results('shape_red', 'ivpt', 0, 0.5)
-    assert ' is ' not in reported()[1]
     results('where_blue', 'vpt', 2, 0.5, {'lr': 0.3}, label=('search',))
     results('where_blue', 'ivpt', 2, 0.5, {'N': 5})
-    out = reported()[1]
-    assert ' is ' not in out  # the rows say it
+    assert ' is ' not in reported()[1]  # the rows say it
     results('where_blue', 'cdc', 1, 0.5, identity={'backbone': '00bb', 'code of x.py': '00cc'})
     said = 'where_blue: backbone is 00aa for cdc/ivpt,N=5/vpt/vpt,search,lr=0.3, 00bb for cdc\n'
     assert reported()[1].endswith(f'|\n{said}')
-
-
-def test_rates_that_a_search_found_are_said(results, reported):
-    for seed, lr in enumerate((0.3, 0.3, 0.1)):
-        results('where_blue', 'vpt', seed, 0.5, label=('search',), best={'lr': lr})
-    results('where_blue', 'cdc', 0, 0.5)
-    assert 'where_blue: lr is 0.07 for cdc, 0.3 for vpt,search, 0.1 for vpt,search\n' in reported()[1]
+    for seed, lr in enumerate((0.3, 0.3, 0.07)):
+        results('shape_red', 'vpt', seed, 0.5, label=('search',), best={'lr': lr})
+    assert 'shape_red: lr is 0.1 for ivpt, 0.3 for vpt,search, 0.07 for vpt,search\n' in reported()[1]
 
 
 def test_each_run_by_another_name_has_a_row_and_set_chooses_among_them(results, reported):
@@ -133,20 +135,24 @@ def test_each_run_by_another_name_has_a_row_and_set_chooses_among_them(results, 
     assert [row[2] for row in reported('--set', 'lr=0.5', 'N=5')[0][2:]] == ['70.0']
 
 
-@pytest.mark.parametrize('change, said', [
-    ({}, ''), ({'lr': 0.5}, ''), ({'weight_decay': 0.1, 'batch': 32, 'precision': 'float32'}, ''),
-    ({'img_size': 98}, 'img_size is 98 and not 224'), ({'N': 50}, 'N is 50 and not 10'),
-    ({'k': 1}, 'k is 1 and not 10'), ({'n_test': 10}, 'test pictures is 10 and not 10000'),
-    ({'epochs': 5}, 'epochs is 5 and not 100'), ({'readout': 'mean'}, "readout is 'mean' and not 'cls'"),
-    ({'augment': 'none'}, "augment is 'none' and not 'crop_flip'"),
-    ({'weights': 'elsewhere/ViT-B_16.npz'}, 'weights is elsewhere/ViT-B_16.npz and not https://'),
-    ({'weights': 'random'}, 'weights is random and not https://')])
+@pytest.mark.parametrize('change, identity, said', [
+    ({}, {}, ''), ({'lr': 0.5}, {}, ''), ({'weight_decay': 0.1, 'batch': 32, 'precision': 'float32'}, {}, ''),
+    ({'img_size': 98}, {}, 'img_size is 98 and not 224'), ({'N': 50}, {}, 'N is 50 and not 10'),
+    ({'k': 1}, {}, 'k is 1 and not 20'), ({'n_test': 10}, {}, 'test pictures is 10 and not 3669'),
+    ({'epochs': 5}, {}, 'epochs is 5 and not 100'), ({'readout': 'mean'}, {}, "readout is 'mean' and not 'cls'"),
+    ({'augment': 'none'}, {}, "augment is 'none' and not 'crop_flip'"),
+    ({'weights': 'elsewhere/ViT-B_16.npz'}, {}, 'weights is elsewhere/ViT-B_16.npz and not https://'),
+    ({'weights': 'random'}, {}, 'weights is random and not https://'),
+    ({}, {'pictures by': 'a.py:drawn'}, 'lists is those of a.py:drawn and not the official ones (pets/vpt)'),
+    ({}, {'train names': '799 x'}, 'train pictures is 799 and not 800 (pets/vpt)'),
+    ({}, {'val names': '201 x'}, 'val pictures is 201 and not 200'),
+    ({}, {'test names': '3668 x'}, 'test pictures is 3668 and not 3669')])
 def test_the_papers_number_stands_only_beside_the_papers_experiment_and_a_line_says_why_not(
-        change, said, results, reported):
-    results('cifar100', 'vpt', 0, 0.5, change)
+        change, identity, said, results, reported):
+    results('pets', 'vpt', 0, 0.5, change, identity=identity)
     rows, out = reported()
-    assert (['the paper', '', '78.8'] in rows) == (not said)
-    assert said in out and out.count('so without its number') == bool(said) + (said.startswith('test'))
+    assert (['the paper', '', '88.3'] in rows) == (not said) and len(rows) == (3 if said else 5)
+    assert said in out and out.count('so without its number') == bool(said) + ('n_test' in change)
 
 
 def test_what_the_grid_of_a_method_has_is_free_for_it_alone(results, reported):
@@ -154,19 +160,6 @@ def test_what_the_grid_of_a_method_has_is_free_for_it_alone(results, reported):
     results('cifar100', 'lora', 0, 0.5, {'scale': 10.0})
     rows, out = reported()
     assert len(rows) == 6 and 'scale is 10.0 and not 1.0 (cifar100/lora)' in out
-
-
-@pytest.mark.parametrize('name, x, said', [
-    ('pictures by', 'a.py:drawn', 'lists is those of a.py:drawn and not the official ones'),
-    ('train names', '799 x', 'train pictures is 799 and not 800'),
-    ('val names', '201 x', 'val pictures is 201 and not 200'),
-    ('test names', '3668 x', 'test pictures is 3668 and not 3669')])
-def test_pictures_that_are_not_those_of_the_official_lists_have_no_number_of_the_paper(
-        name, x, said, results, reported):
-    theirs = {'pictures by': 'vtab', 'train names': '800 x', 'val names': '200 x', 'test names': '3669 x'}
-    results('pets', 'vpt', 0, 0.5, identity=theirs | {name: x})
-    rows, out = reported()
-    assert len(rows) == 3 and f'{said} (pets/vpt)' in out and out.count('not the paper') == 1
 
 
 def test_a_number_of_the_paper_that_hides_something_is_explained_below_the_table(results, reported):
@@ -216,15 +209,14 @@ def test_each_backbone_has_a_table(results, reported):
     assert '| the paper |' not in reported()[1]
 
 
-def test_a_result_counts_as_what_it_says_of_itself_and_twice_the_same_is_refused(results, reported, tmp_path, capsys):
+def test_a_result_counts_as_what_it_says_of_itself_and_twice_the_same_is_refused(results, reported, refused, tmp_path):
     results('where_blue', 'vpt', 0, 0.5)
     (tmp_path / 'where_blue').rename(tmp_path / 'other')
-    assert reported()[0][0] == ['method', 'trained', 'where_blue']
     results('where_blue', 'vpt', 0, 0.6, place='other/seed0.before')  # a run that was made again
-    assert reported()[0][2][2] == '50.0'
+    rows, _ = reported()
+    assert rows[0] == ['method', 'trained', 'where_blue'] and rows[2][2] == '50.0'
     results('where_blue', 'vpt', 0, 0.6, place='copy')
-    assert report.main(['--set', f'runs={tmp_path}']) == 2
-    assert 'there are two results of vit_nano_patch8_48, where_blue, vpt, 0' in capsys.readouterr().err
+    assert 'there are two results of vit_nano_patch8_48, where_blue, vpt, 0' in refused()
 
 
 @pytest.mark.parametrize('file, damage', [
@@ -233,21 +225,15 @@ def test_a_result_counts_as_what_it_says_of_itself_and_twice_the_same_is_refused
     ('result.json', lambda text: text.replace('1500000', '1600000')),
     ('result.json', lambda text: text.replace('"measure": "accuracy", ', '')),
     ('predictions.csv', lambda text: text.replace('5,1,1', '5,1,0')), ('params.pth', lambda text: 'y')])
-def test_a_result_that_is_not_as_it_was_written_is_refused_with_its_name(file, damage, results, tmp_path, capfd):
+def test_a_result_that_is_not_as_it_was_written_is_refused_with_its_name(file, damage, results, refused, tmp_path):
     for seed in range(2):
         results('where_blue', 'vpt', seed, 0.5)
     folder = tmp_path / 'where_blue/vit_nano_patch8_48/vpt/seed0'
     text = (folder / file).read_text()
+    assert damage(text) != text
     (folder / file).write_text(damage(text))
-    assert damage(text) != text and report.main(['--set', f'runs={tmp_path}']) == 2
     said = 'it, predictions.csv or params.pth beside it is not as the run wrote it'
-    assert capfd.readouterr().err.startswith(f'error: {folder / "result.json"}: {said}')
-
-
-def test_the_accuracy_is_read_from_the_answers(results, reported):
-    rows = [{'picture': i, 'class': 1, 'taken_for': int(i < 3)} for i in range(4)]
-    results('where_blue', 'vpt', 0, 0.2, rows=rows)
-    assert reported()[0][2][2] == '75.0'
+    assert refused().startswith(f'error: {folder / "result.json"}: {said}')
 
 
 def test_a_report_takes_all_seeds_or_those_of_the_command_line(results, reported):
@@ -269,10 +255,8 @@ def test_a_task_that_configs_yaml_does_not_name_any_more_has_its_column(results,
     (['--task', 'pet'], "unknown task 'pet': did you mean 'pets'"), (['--method', 'ivtp'], "did you mean 'ivpt'"),
     (['--seed', '*'], 'seed is a whole number'), ([], 'FOLDER: no finished run'),
     (['--task', 'pets'], 'FOLDER: no finished run')])
-def test_a_report_of_what_there_is_not_is_one_line(argv, said, tmp_path, capfd):
-    assert report.main([*argv, '--set', f'runs={tmp_path}']) == 2
-    err = capfd.readouterr().err
-    assert said.replace('FOLDER', str(tmp_path)) in err and err.count('\n') == 1
+def test_a_report_of_what_there_is_not_is_one_line(argv, said, refused, tmp_path):
+    assert said.replace('FOLDER', str(tmp_path)) in refused(*argv)
 
 
 def test_a_report_shows_what_the_runs_printed(tmp_path, reported):
@@ -281,8 +265,8 @@ def test_a_report_shows_what_the_runs_printed(tmp_path, reported):
     assert header == ['method', 'trained', 'where_blue'] and len(rows) == 2
     for row, method in zip(rows, ('linear', 'ivpt')):
         settings = [tiny(method=method, seed=seed, runs=tmp_path, img_size=24, epochs=1) for seed in (0, 1)]
-        found = [100 * train.read_result(train.folder_of(s))['accuracy'] for s in settings]
-        assert row[0] == f'`{train.name_of(settings[0])}`' and row[2] == f'{fmean(found):.1f} ± {stdev(found):.1f}'
+        found = [train.read_result(train.folder_of(s))['accuracy'] for s in settings]
+        assert row[0] == f'`{train.name_of(settings[0])}`' and row[2] == curves.spread(found)
 
 
 # ---- Answers --------------------------------------------------------------------------------------------
@@ -323,22 +307,20 @@ def test_runs_are_compared_with_those_of_the_same_further_name_and_tasks_are_ave
     (['--against', 'cdc'], [1, 0], 'no two runs, of it and of another method, share a task'),
     (['--against', 'vpt'], [1, 0, 1], 'were tested on other pictures'),
     (['--classes'], [1, 0], '--classes is for one task')])
-def test_what_cannot_be_compared_is_one_line(argv, rows, said, results, tmp_path, capfd):
+def test_what_cannot_be_compared_is_one_line(argv, rows, said, results, refused):
     results('where_blue', 'vpt', 0, 0.5, rows=rows_of([1, 0]))
     results('where_blue', 'ivpt', 0, 0.5, rows=rows_of(rows))
-    if argv == ['--classes']:
-        results('shape_red', 'ivpt', 0, 0.5)
-    assert report.main([*argv, '--set', f'runs={tmp_path}']) == 2
-    err = capfd.readouterr().err
-    assert said in err and err.count('\n') == 1
+    results('shape_red', 'ivpt', 0, 0.5)
+    assert said in refused(*argv)
 
 
-def test_accuracy_by_class_and_the_most_frequent_confusions_are_over_all_seeds(results, reported):
+def test_accuracy_by_class_and_the_most_frequent_confusions_are_over_all_seeds_and_all_are_read_from_the_answers(
+        results, reported):
     rows = [{'picture': i, 'class': c, 'taken_for': t} for i, (c, t) in enumerate([(0, 0), (0, 1), (0, 1), (2, 0)])]
     for seed in range(2):
-        results('where_blue', 'vpt', seed, 0.25, rows=rows)
+        results('where_blue', 'vpt', seed, 0.99, rows=rows)
     table_, out = reported('--classes')
-    assert '| class | pictures | `vpt` |' in out
+    assert table_[2][2] == '25.0 ± 0.0' and '| class | pictures | `vpt` |' in out
     assert table_[-2:] == [['cat', '3', '33.3'], ['cow', '1', '0.0']]
     assert out.endswith('vpt: cat is taken for dog 4 times of 6\nvpt: cow is taken for cat 2 times of 2\n')
 

@@ -175,11 +175,6 @@ def test_one_seed_draws_the_same_pictures_and_another_seed_others():
 # ---- The tasks ------------------------------------------------------------------------------------------
 
 
-def arrays(pictures):
-    """The images of a set as one array."""
-    return np.stack([image.numpy() for image, _ in pictures])
-
-
 @pytest.mark.parametrize('ask', ['frame', 'where_blue'])
 def test_no_picture_of_shapes_is_in_two_sets(ask):
     task = data.load(tiny(ask=ask, n_train=50, n_val=50, n_test=50))
@@ -190,7 +185,8 @@ def test_the_questions_are_asked_about_the_same_pictures_but_not_about_those_of_
     blue, red, framed = (data.load(tiny(ask=ask, grain=0.0)).test for ask in ('where_blue', 'shape_red', 'frame'))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(blue, red))
     assert [label for _, label in blue] != [label for _, label in red]
-    cells, others = ([seen_in(arrays(part), colour)[:, 4] for colour in FOUR] for part in (blue, framed))
+    arrays = (np.stack([image.numpy() for image, _ in part]) for part in (blue, framed))
+    cells, others = ([seen_in(images, colour)[:, 4] for colour in FOUR] for images in arrays)
     assert np.not_equal(cells, others).any(axis=0).sum() > 5  # of 20 scenes
 
 

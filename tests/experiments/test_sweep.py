@@ -6,7 +6,8 @@ import re
 import signal
 
 import pytest
-from pictures import CONFIGS, TINY, run, table, tiny
+from common import one_line
+from pictures import CONFIGS, run, table, tiny
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -43,8 +44,7 @@ def sweeps(folder, *argv, **changes):
 
 def test_tasks_models_methods_and_seeds_are_multiplied_each_in_its_own_folder_and_said(tmp_path, scored, capsys):
     asked = scored(lambda settings: 0.5)
-    argv = '--task', 'asked,where_blue', '--method', 'linear,vpt', '--seed', '0,2'
-    assert sweeps(tmp_path, *argv) == 0
+    assert sweeps(tmp_path, '--task', 'asked,where_blue', '--method', 'linear,vpt', '--seed', '0,2') == 0
     assert {(s.task, s.method, s.loop.seed) for s in asked} == {
         (task, method, seed) for task in ('where_blue', 'shape_red') for method in ('linear', 'vpt') for seed in (0, 2)}
     assert len(asked) == len({train.folder_of(s) for s in asked}) == 8  # each once, though a task is named twice
@@ -52,17 +52,6 @@ def test_tasks_models_methods_and_seeds_are_multiplied_each_in_its_own_folder_an
 
 
 # ---- Search ---------------------------------------------------------------------------------------------
-
-
-def test_every_point_of_the_grid_is_scored_on_the_validation_images_after_training_on_the_others(tmp_path, scored):
-    asked = scored(lambda settings: 0.5)
-    grid = '{lr: [0.1, 0.2], weight_decay: [0.0, 0.1], N: [3]}'
-    assert sweeps(tmp_path, '--method', 'ivpt', '--search', grid=grid) == 0
-    *points, final = asked
-    assert final.loop.score_on == 'test'
-    assert {(s.loop.lr, s.loop.weight_decay, s.prompts.N) for s in points} == {
-        (a, b, 3) for a in (0.1, 0.2) for b in (0.0, 0.1)}
-    assert {s.loop.score_on for s in points} == {'val'} and len({train.folder_of(s) for s in points}) == 4
 
 
 def test_a_point_is_the_run_with_its_values_and_a_search_ends_in_one_by_a_name_of_its_own(tmp_path, scored):
@@ -102,29 +91,27 @@ def test_where_all_points_fail_lower_rates_are_asked_for_once(tmp_path, scored, 
     assert ': none' in out
 
 
-def test_after_the_search_every_seed_is_trained_with_what_the_first_one_found_and_tested_once(tmp_path, scored, capsys):
-    asked = scored(lambda settings: 0.9 if settings.loop.lr == 0.1 else 0.8)
-    assert sweeps(tmp_path, '--method', 'vpt,ivpt', '--seed', '3,4', '--search', grid='{lr: [0.2, 0.1]}') == 0
-    done = [(s.method, s.loop.seed, s.loop.lr, s.loop.score_on) for s in asked]
-    points = [(method, 3, lr, 'val') for method in ('vpt', 'ivpt') for lr in (0.2, 0.1)]
-    assert done == points + [(method, seed, 0.1, 'test') for seed in (3, 4) for method in ('vpt', 'ivpt')]
+def test_every_point_is_scored_on_validation_images_and_every_seed_is_trained_with_the_best_and_tested_once(
+        tmp_path, scored, capsys):
+    asked = scored(lambda settings: settings.prompts.N / 10 - settings.loop.lr)
+    argv = '--method', 'vpt,ivpt', '--seed', '3,4', '--search'
+    assert sweeps(tmp_path, *argv, grid='{lr: [0.2, 0.1], N: [3, 5]}') == 0
+    done = [(s.method, s.loop.seed, s.loop.lr, s.prompts.N, s.loop.score_on) for s in asked]
+    points = [(method, 3, lr, N, 'val') for method in ('vpt', 'ivpt') for lr in (0.2, 0.1) for N in (3, 5)]
+    assert done == points + [(method, seed, 0.1, 5, 'test') for seed in (3, 4) for method in ('vpt', 'ivpt')]
+    assert len({train.folder_of(s) for s in asked}) == 12
     assert capsys.readouterr().out.count('search  ') == 2  # what was found is said once
 
 
 def test_a_search_for_real_trains_on_train_alone_and_a_finer_one_uses_its_points_again(tmp_path, capsys):
-    argv = '--method', 'vpt', '--search'
-    assert sweeps(tmp_path, *argv, grid='{lr: [0.1, 0.01]}', **SMALL) == 0
-    said = capsys.readouterr().out
-    assert said.count('% of 10 images') == 2 and said.count('% of 20 images') == 1  # validation, test
-    assert sweeps(tmp_path, *argv, grid='{lr: [0.1, 0.01]}', **SMALL) == 0
-    twice = capsys.readouterr().out
-    assert twice.count('finished before') == 3 and 'epoch  ' not in twice
-    assert sweeps(tmp_path, *argv, grid='{lr: [0.1, 0.03, 0.01]}', **SMALL) == 0
-    finer = capsys.readouterr().out
-    assert finer.count('finished before') == 2 and finer.count('epoch   1/1') == 2  # the new point, and the test
-    assert sweeps(tmp_path, *argv, '--again', grid='{lr: [0.1, 0.01]}', **SMALL) == 0
-    again = capsys.readouterr().out
-    assert again.count('epoch   1/1') == 3 and again.count('% of 10 images') == 2 and 'finished' not in again
+    def said(grid, *more):
+        assert sweeps(tmp_path, '--method', 'vpt', '--search', *more, grid=grid, **SMALL) == 0
+        out = capsys.readouterr().out
+        return [out.count(words) for words in ('% of 10 images', 'epoch   1/1', 'finished before')]
+    assert said('{lr: [0.1, 0.01]}') == [2, 3, 0]  # on the validation images; the third is the test
+    assert said('{lr: [0.1, 0.01]}') == [0, 0, 3]
+    assert said('{lr: [0.1, 0.03, 0.01]}') == [1, 2, 2]  # the new point, and the test
+    assert said('{lr: [0.1, 0.01]}', '--again') == [2, 3, 0]
 
 
 @pytest.mark.parametrize('grid, best, said', [
@@ -189,19 +176,13 @@ def test_a_sweep_makes_ordinary_runs_draws_them_and_the_second_time_trains_nothi
     assert sweeps(tmp_path, *argv, **SMALL) == 0
     first = table(capsys.readouterr().out)
     assert first[0] == ['task', 'model', 'method', '0', '2']
-    settings = [tiny(k=k, runs=tmp_path, **SMALL) for k in (0, 2)]
-    assert {path.parent for path in tmp_path.rglob('result.json')} == {train.folder_of(s) for s in settings}
     picture, = tmp_path.rglob('over-k=0+2.png')
     assert picture.stat().st_size > 1000 and picture.parent == train.folder_of(tiny(runs=tmp_path, **SMALL))
     assert sweeps(tmp_path, *argv, **SMALL) == 0
-    assert run(tmp_path, '--method', 'ivpt', k=2, **SMALL) == 0
+    for k in 0, 2:
+        assert run(tmp_path, '--method', 'ivpt', k=k, **SMALL) == 0
     second = capsys.readouterr().out
-    assert table(second) == first and second.count('finished before') == 3 and 'epoch  ' not in second
-
-
-def test_k_is_0_means_no_attentive_reinforcement(tmp_path):
-    none, zero = (train.run(tiny(runs=tmp_path, **SMALL, **how)) for how in ({'reinforcement': 'none'}, {'k': 0}))
-    assert none['trained_parameters'] == zero['trained_parameters'] and none['params_digest'] == zero['params_digest']
+    assert table(second) == first and second.count('finished before') == 4 and 'epoch  ' not in second
 
 
 def test_each_accuracy_of_a_sweep_stands_below_its_value_and_beside_its_method(tmp_path, scored, drawn, capsys):
@@ -250,14 +231,13 @@ NO_SETTING = 'is no setting of the training, the prompts or a function in a file
 def test_a_search_or_a_sweep_that_cannot_be_made_is_refused_in_one_line(argv, said, tmp_path, capfd):
     argv = ['--search', '--set', argv] if argv.startswith('grid') else argv.split()
     assert sweeps(tmp_path, *argv) == 2
-    err = capfd.readouterr().err
-    assert said in err and err.count('\n') == 1 and not list(tmp_path.iterdir())
+    assert said in one_line(capfd) and not list(tmp_path.iterdir())
 
 
 # ---- torchrun -------------------------------------------------------------------------------------------
 
 
-def torchrun(folder, *argv, killed_at=0):
+def torchrun(folder, *argv, killed_at=0, **changes):
     """`torchrun --standalone --nproc-per-node 2 --max-restarts 3 sweep.py ARGV`, by torchrun's own agent, but in
     forked processes, which need no seconds to start. killed_at: at this file that it writes the second process gets a
     SIGKILL, once. Returns both statuses and what each said."""
@@ -274,7 +254,7 @@ def torchrun(folder, *argv, killed_at=0):
 
     def work():
         os.fsync = counted
-        return sweep.main(argv)
+        return sweeps(folder, *argv, **SMALL, **changes)
 
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     statuses = elastic_launch(how, work)()
@@ -285,11 +265,6 @@ def torchrun(folder, *argv, killed_at=0):
     return [statuses[0], statuses[1]], [''.join(file.read_text() for file in files) for files in logs]
 
 
-def changes(folder):
-    how = TINY | SMALL | {'k': 2, 'runs': folder}
-    return ['--task', 'where_blue', '--set', *(f'{name}={value}' for name, value in how.items())]
-
-
 def left(folder):
     """What finished runs leave that does not depend on the clock: by folder, the parameters' bytes and the accuracy."""
     return {str(file.parent.relative_to(folder)): (
@@ -298,25 +273,21 @@ def left(folder):
 
 
 def test_a_sweep_in_two_processes_of_which_one_is_killed_leaves_what_one_process_leaves(tmp_path, capfd):
-    argv = ['--method', 'linear,vpt', '--seed', '0,1', '--search', *changes(tmp_path / 'two'), 'grid={lr: [0.1, 0.05]}']
-    statuses, said = torchrun(tmp_path, *argv, killed_at=9)  # in the second of its runs
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    argv, grid = ('--method', 'linear', '--seed', '0,1', '--search'), '{lr: [0.1, 0.05, 0.02]}'
+    statuses, said = torchrun(two, *argv, killed_at=9, grid=grid)  # in the second of its runs
     assert statuses == [0, 0] and 'finished before' in ''.join(said), said
-    assert sum(line.startswith('where_blue  ') for x in said for line in x.splitlines()) == 4  # the table, once
-    assert sweep.main([*argv[:-2], f'runs={tmp_path / "one"}', argv[-1]]) == 0
-    assert left(tmp_path / 'two') == left(tmp_path / 'one') and len(left(tmp_path / 'one')) == 8
+    assert sum(line.startswith('where_blue  ') for x in said for line in x.splitlines()) == 2  # the table, once
+    assert sweeps(one, *argv, grid=grid, **SMALL) == 0
+    assert left(two) == left(one) and len(left(one)) == 5
     capfd.readouterr()
-    assert sweep.main(argv) == 0  # what two processes have done, one does not do again
-    assert capfd.readouterr().out.count('finished before') == 8
+    assert sweeps(two, *argv, grid=grid, **SMALL) == 0  # what two processes have done, one does not do again
+    assert capfd.readouterr().out.count('finished before') == 5
 
 
-def test_what_is_wrong_with_one_run_of_a_divided_sweep_is_one_line_and_the_status(tmp_path):
-    statuses, said = torchrun(tmp_path, '--task', 'kitti,where_blue', '--method', 'linear', *changes(tmp_path)[2:])
-    assert statuses == [2, 0] and len(left(tmp_path)) == 1, said
-    assert ''.join(said).count('error: data/vtab-1k/kitti: no such folder') == 1
-
-
-def test_the_values_of_a_divided_sweep_are_drawn_once_and_no_run_is_made_twice(tmp_path):
-    statuses, said = torchrun(tmp_path, '--method', 'vpt', '--over', 'N=1,2', *changes(tmp_path))
-    assert statuses == [0, 0] and len(left(tmp_path)) == 2, said
-    assert [x.count('drawn: ') for x in said] == [1, 0] and len(table(said[0])[-1]) == 5
-    assert ''.join(said).count('epoch   1/1') == 2
+def test_a_divided_sweep_makes_no_run_twice_draws_once_and_says_what_is_wrong_with_one_run_in_one_line(tmp_path):
+    statuses, said = torchrun(tmp_path, '--task', 'kitti,where_blue,shape_red', '--method', 'vpt', '--over', 'N=1')
+    assert statuses == [2, 0] and len(left(tmp_path)) == 2, said
+    assert [x.count('drawn: ') for x in said] == [1, 0] and len(table(said[0])) == 2 + 2
+    words = 'epoch   1/1', 'error: data/vtab-1k/kitti: no such folder'
+    assert [''.join(said).count(x) for x in words] == [2, 1]
