@@ -23,7 +23,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
-from pictures import no_network, save_picture, tiny, vtab  # noqa: F401
+from pictures import no_network, save_picture, task_of, tiny, vtab  # noqa: F401
 from torchvision import transforms
 
 import data
@@ -81,20 +81,10 @@ def test_the_draw_is_800_and_200_of_all_breeds():
     assert (train_set[:3], val_set[:3]) == ([2589, 676, 2579], [364, 1303, 133])
 
 
-@pytest.mark.parametrize('score_on, learned, scored', [('test', 11, 5), ('val', 8, 3)])
-def test_val_is_learned_from_only_when_test_is_scored(score_on, learned, scored, tmp_path, monkeypatch):
-    settings, task = pets(tmp_path, score_on=score_on, runs=str(tmp_path / 'runs'), epochs=1)
-    seen, epoch = {}, {'epoch': 1, 'loss': 0.0, 'lr': 0.0, 'seconds': 1.0, 'images_per_second': 1.0}
-    task = replace(task, score=lambda rows: {'accuracy': 0.5}, answers=lambda model, pictures, *rest: (
-        seen.update(score=pictures) or [{'x': 1}] * len(pictures)))
-    monkeypatch.setattr(train, 'train', lambda state, task, pictures, *rest: seen.update(learn=pictures) or [epoch])
-    monkeypatch.setattr(data, 'load', lambda settings: task)
-    result = train.run(settings)
-    val = {image.numpy().tobytes() for image, _ in task.val}
-    learn, score = ({x.numpy().tobytes() for x, _ in seen[name]} for name in ('learn', 'score'))
-    assert (len(learn), len(score), result['images']) == (learned, scored, scored)
-    assert (val <= learn) == (score_on == 'test') and (score == val) == (score_on == 'val')
-    assert not learn & score
+def test_val_is_learned_from_only_when_test_is_scored():
+    task = data.Task([1, 2], [3], [4], [])
+    assert train.sets(task, tiny(score_on='test')) == ([1, 2, 3], [4])
+    assert train.sets(task, tiny(score_on='val')) == ([1, 2], [3])
 
 
 @pytest.mark.parametrize('sizes, score_on', [((0, 0, 3), 'test'), ((3, 0, 3), 'val'), ((3, 3, 0), 'test')])
@@ -109,33 +99,35 @@ def test_a_set_without_pictures_is_refused(sizes, score_on):
 
 def differing(one, two):
     """The parts of two digests that are not the same."""
-    assert one.keys() == two.keys()
+    assert one.keys() == two.keys() and len(one) == 10
     return {name for name in one if one[name] != two[name]}
 
 
-def test_moving_the_data_folder_is_no_difference(tmp_path):
-    before = data.digest(pets(tmp_path / 'here')[1], tmp_path / 'here')
-    (tmp_path / 'here').rename(tmp_path / 'there')
-    assert data.digest(pets(tmp_path / 'there')[1], tmp_path / 'there') == before
-    assert len(before) == 10 and before['test names'].startswith('5 ') and before['class names'].startswith('37 ')
+def digest_of(folder):
+    return data.digest(pets(folder)[1], folder)
+
+
+def rewrite(file, old, new):
+    """For a change of a folder: a list with another word in it."""
+    return lambda folder: (folder / file).write_text((folder / file).read_text().replace(old, new))
 
 
 @pytest.mark.parametrize('change, parts', [
+    (lambda folder: folder.parents[1].rename(folder.parents[2] / 'there'), set()),
     (lambda folder: save_picture(folder / 'images/test/000003.jpg', 99, width=80), {'test sizes'}),
-    (lambda folder: (folder / 'val200.txt').write_text(
-        ''.join(f'images/val200/00000{i}.jpg {i + 5}\n' for i in range(3))), {'val labels'}),
-    (lambda folder: (folder / 'test.txt').write_text(
-        ''.join(f'images/test/00000{i}.jpg {i + 2}\n' for i in range(4))), {'test names', 'test labels', 'test sizes'}),
-    (lambda folder: (folder / 'images/train800').rename(folder / 'images/a') and (folder / 'train800.txt').write_text(
-        (folder / 'train800.txt').read_text().replace('train800', 'a')), {'train names'})])
-def test_other_pictures_labels_and_names_are_differences(change, parts, tmp_path):
-    folder = vtab(tmp_path)
-    before = data.digest(pets(tmp_path)[1], tmp_path)
-    change(folder)
-    assert differing(before, data.digest(pets(tmp_path)[1], tmp_path)) == parts
+    (rewrite('val200.txt', 'jpg 2', 'jpg 9'), {'val labels'}),
+    (rewrite('train800.txt', 'jpg 2', 'jpg 9'), {'train labels'}),
+    (rewrite('test.txt', 'images/test/000004.jpg 6\n', ''), {'test names', 'test labels', 'test sizes'}),
+    (lambda folder: (folder / 'images/train800').rename(folder / 'images/a') and rewrite(
+        'train800.txt', 'train800', 'a')(folder), {'train names'})])
+def test_other_pictures_labels_and_names_are_differences_and_another_place_is_none(change, parts, tmp_path):
+    before = digest_of(tmp_path / 'here')
+    change(tmp_path / 'here/vtab-1k/oxford_iiit_pet')
+    there = tmp_path / 'there'
+    assert differing(before, digest_of(there if there.exists() else tmp_path / 'here')) == parts
 
 
-def test_other_classes_and_another_order_are_differences():
+def test_other_classes_other_pixels_and_another_order_are_differences():
     samples = numbered(3)
     task = data.Task(samples, samples[:2], samples[:1], ['a', 'b', 'c'])
     other = data.Task(samples[::-1], samples[:2], [(samples[1][0], 0)], ['a', 'c', 'b'])
@@ -151,41 +143,17 @@ def test_another_pixel_or_another_file_of_a_mask_is_a_difference(tmp_path):
         assert differing(*(data.digest(task, tmp_path) for task in tasks)) == {'train labels'}
 
 
-# ---- A user's own task ----------------------------------------------------------------------------------
-
-
-def own(labels=(0, 1, 2), **changes):
-    """A task of three pictures of 24 x 24, each in another way not contiguous."""
-    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (24, 24, 6), dtype=np.uint8)).permute(2, 0, 1)
-    samples = [*zip((image[:3], image[::2], image[3:].mT), labels)]
-    return data.Task(**{'train': samples, 'val': [], 'test': [], 'classes': ['a', 'b', 'c']} | changes)
-
-
 def test_pictures_made_of_arrays_with_the_colours_last_are_those_that_are_copied():
-    settings, task = tiny(img_size=24), own()
-    copied = [(image.contiguous(), label) for image, label in task.train]
-    assert not any(image.is_contiguous() for image, _ in task.train)
-    data.check_task(task, settings)
-    assert data.digest(task, '') == data.digest(own(train=copied), '')
-    for one, other in zip(epoch_of(task.train, settings, 0), epoch_of(copied, settings, 0)):
+    """In each of three ways in which a tensor is not contiguous."""
+    array, settings = np.random.default_rng(0).integers(0, 256, (24, 24, 6), dtype=np.uint8), tiny(img_size=24)
+    image = torch.from_numpy(array).permute(2, 0, 1)
+    pictures = [(image[:3], 0), (image[::2], 1), (image[3:].mT, 2)]
+    copied = [(image.contiguous(), label) for image, label in pictures]
+    assert not any(image.is_contiguous() for image, _ in pictures)
+    data.check_task(task_of(pictures=pictures), settings)
+    assert data.digest(task_of(pictures=pictures), '') == data.digest(task_of(pictures=copied), '')
+    for one, other in zip(epoch_of(pictures, settings, 0), epoch_of(copied, settings, 0)):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize('classes', [np.array(['a', 'b', 'c']), torch.arange(3), {'a', 'b', 'c'}, [0, 1, 2], 'abc'])
-def test_names_of_classes_that_are_no_list_of_words_are_refused(classes):
-    """They could not be written into result.json, after all epochs."""
-    with pytest.raises(InputError, match='its classes are .*, and not a list of names'):
-        data.check_task(own(classes=classes), tiny(img_size=24))
-
-
-def test_only_a_task_with_a_loss_of_its_own_may_have_labels_that_are_no_classes():
-    settings, masks = tiny(img_size=24), torch.zeros(3, 24, 24, dtype=torch.uint8)
-    task = own(masks, loss=lambda logits, labels: logits.sum())
-    data.check_task(task, settings)
-    (_, labels), = data.batches(task.train, settings, CPU, 0, lambda *picture: picture[:2])
-    assert torch.equal(labels, masks)
-    with pytest.raises(ValueError, match='(?s)a label is .{80}, and not a class, an int from 0 to 2'):
-        data.check_task(own(masks), settings)
 
 
 # ---- From files to pictures -----------------------------------------------------------------------------
@@ -199,11 +167,14 @@ def png(array):
     return file
 
 
-def test_every_kind_of_picture_becomes_rgb():
+def test_every_kind_of_picture_becomes_rgb_and_a_line_is_no_picture():
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
     for array in (grey, np.stack([grey] * 3, -1), np.stack([grey] * 4, -1)):
         picture = data.read_image(png(array), (8, 8))
         assert picture.dtype == torch.uint8 and torch.equal(picture, torch.from_numpy(grey).expand(3, 8, 8))
+    assert data.read_image(png(np.zeros((1, 100), np.uint8)), None).shape == (3, 1, 100)
+    with pytest.raises(InputError, match='101 x 1 pixels are a line and no picture'):
+        data.read_image(png(np.zeros((1, 101), np.uint8)), None)
 
 
 def tiff_of_12_bits(levels):
@@ -235,15 +206,9 @@ def test_a_16_bit_picture_that_older_versions_of_pillow_read_in_32_bits_is_the_s
 
 @pytest.mark.parametrize('dtype', [np.float32, np.int32])
 def test_grey_levels_whose_range_is_not_known_are_refused_by_name(dtype, tmp_path):
-    Image.fromarray(np.linspace(0, 1000, 64).reshape(8, 8).astype(dtype)).save(tmp_path / 'a.tiff')
+    Image.fromarray(np.zeros((8, 8), dtype)).save(tmp_path / 'a.tiff')
     with pytest.raises(InputError, match='a.tiff: not an image.*range is not known.*8 or 16'):
         data.read_image(tmp_path / 'a.tiff', (8, 8))
-
-
-def test_a_line_is_no_picture():
-    assert data.read_image(png(np.zeros((1, 100), np.uint8)), None).shape == (3, 1, 100)
-    with pytest.raises(InputError, match='101 x 1 pixels are a line and no picture'):
-        data.read_image(png(np.zeros((1, 101), np.uint8)), None)
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
@@ -314,39 +279,20 @@ def test_a_test_picture_is_resized_cropped_in_the_middle_and_normalised(width, h
 # ---- In memory or in files ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_pictures_in_memory_are_those_in_the_files_and_give_the_same_epoch(workers, tmp_path):
-    settings, task = pets(tmp_path, workers=workers)
-    kept = data.in_memory(task.train, settings.machine, CPU)
-    assert isinstance(kept, list) and len(kept) == len(task.train)
-    for one, other in zip(epoch_of(task.train, settings, 1), epoch_of(kept, tiny('pets'), 1)):
-        assert torch.equal(one, other)
-    assert all(torch.equal(a, b) and i == j for (a, i), (b, j) in zip(task.train, kept))
-
-
-def test_pictures_in_memory_are_on_the_device_and_are_cropped_and_flipped_there(tmp_path):
-    """Torch's meta device stands for a GPU: it has shapes and no values."""
-    settings, task = pets(tmp_path)
-    for image, label in data.in_memory(task.train, settings.machine, torch.device('meta')):
-        window, _ = data.crop_flip(image, label, settings.backbone, torch.rand(3), None)
-        assert image.device.type == window.device.type == 'meta'
-        assert window.shape == (3, 48, 48) and window.dtype == torch.uint8
-
-
-@pytest.mark.parametrize('masks', [False, True])
 @pytest.mark.parametrize('more, fits', [(0.5, True), (-0.5, False)])
-def test_pictures_and_masks_that_do_not_fit_in_memory_to_the_byte_stay_in_their_files(masks, more, fits, tmp_path):
+def test_pictures_and_masks_that_do_not_fit_in_memory_to_the_byte_stay_in_their_files(more, fits, tmp_path):
     class Masks(data.Files):
         def __getitem__(self, index):
-            image, label = super().__getitem__(index)
-            return image, image[0] if masks else label
+            image, _ = super().__getitem__(index)
+            return image, image[0]
     settings, task = pets(tmp_path)
-    pictures = Masks(task.train.samples, (48, 40))
-    needed = len(pictures) * (4 if masks else 3) * 48 * 40
-    machine = replace(settings.machine, cache_gb=(needed + more) / 1e9)
-    assert isinstance(data.in_memory(pictures, machine, CPU), list) == fits
-    for kept in (pictures, numbered(3)):  # these are in memory
-        assert fits or data.in_memory(kept, machine, CPU) is kept
+    for kind, channels in (data.Files, 3), (Masks, 4):
+        pictures = kind(task.train.samples, (48, 40))
+        needed = len(pictures) * channels * 48 * 40
+        machine = replace(settings.machine, cache_gb=(needed + more) / 1e9)
+        kept = data.in_memory(pictures, machine, CPU)
+        assert isinstance(kept, list) if fits else kept is pictures
+    assert data.in_memory(listed := numbered(3), machine, CPU) is listed  # it is in memory
 
 
 @pytest.mark.parametrize('free, moved', [(2.0, True), (1.9, False)])
@@ -385,13 +331,12 @@ def test_no_test_picture_is_decoded_twice_but_where_there_is_no_room_to_keep_it(
 def test_every_picture_is_decoded_before_training_and_a_broken_one_named(cache_gb, workers, tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'train', lambda *args: pytest.fail('it trains'))
     settings, task = pets(tmp_path, cache_gb=cache_gb, workers=workers, runs=str(tmp_path / 'runs'), **SMALL)
-    for part in task.train, task.val, task.test:
+    for part, change in (task.train, lambda x: b''), (task.val, lambda x: b'<html>'), (task.test, lambda x: x[:-200]):
         path, _ = part.samples[2]
         whole = path.read_bytes()
-        for content in b'', b'<html>moved</html>', whole[:-200]:
-            path.write_bytes(content)
-            with pytest.raises(InputError, match=f'^{path}: not an image that can be decoded'):
-                train.run(settings)
+        path.write_bytes(change(whole))
+        with pytest.raises(InputError, match=f'^{path}: not an image that can be decoded'):
+            train.run(settings)
         path.write_bytes(whole)
     assert not (tmp_path / 'runs').exists()
 
@@ -400,16 +345,14 @@ def test_every_picture_is_decoded_before_training_and_a_broken_one_named(cache_g
 
 
 @pytest.mark.parametrize('workers', [0, 1, 3, 50])
-def test_what_is_decoded_by_threads_comes_in_order(workers):
+def test_as_many_pictures_are_decoded_at_a_time_as_there_are_workers_and_come_in_order(workers):
+    together = threading.Barrier(min(workers, 10) or 1)
+
     def work(i):
+        together.wait(10)
         time.sleep((7 * i % 5) / 1000)
         return i
-    assert [*data.decoded(work, range(20), workers)] == [*range(20)] and not [*data.decoded(work, [], workers)]
-
-
-def test_as_many_pictures_are_decoded_at_a_time_as_there_are_workers():
-    together = threading.Barrier(3)
-    assert [*data.decoded(lambda i: (together.wait(10), i)[1], range(9), 3)] == [*range(9)]
+    assert [*data.decoded(work, range(30), workers)] == [*range(30)] and not [*data.decoded(work, [], workers)]
 
 
 def test_a_set_that_does_not_fit_in_memory_is_not_decoded_ahead_without_end():
@@ -490,18 +433,11 @@ def test_every_picture_comes_exactly_once_an_epoch_and_in_order_without_one(n, b
     assert epoch_of(numbered(n), settings)[1].tolist() == list(range(n))  # test pictures: in order
 
 
-def test_torchs_own_random_numbers_have_no_part_in_an_epoch():
-    pictures, settings = numbered(40, size=9), tiny(img_size=8, augment='crop_flip')
-    images, labels = epoch_of(pictures, settings, 3)
-    torch.manual_seed(99)
-    same_images, same_labels = epoch_of(pictures, settings, 3)
-    assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
-
-
 pairs = st.tuples(st.integers(0, 4293), st.integers(0, 999_999))  # seed and epoch
 
 
 @given(pairs, pairs)
+@example((3, 5), (3, 5))  # torch's own random numbers have no part in it
 @example((0, 1), (1, 0))
 @example((0, 999_999), (1, 0))
 @example((0, 0), (4293, 999_999))
@@ -511,14 +447,6 @@ def test_no_two_pairs_of_seed_and_epoch_share_an_order_of_images(one, other):
               for seed, epoch in (one, other)]
     assert (orders[0] == orders[1]) == (one == other)
     assert max(1_000_003 * seed + epoch for seed, epoch in (one, other)) < 2 ** 32
-
-
-def test_an_augmentation_gets_the_seed_the_epoch_and_the_place_of_each_picture():
-    """scale_crop of segmentation.py makes its own random numbers of them."""
-    seen = []
-    augment = lambda image, label, backbone, draws, seed: seen.append(seed) or (image, label)  # noqa: E731
-    assert len([*data.batches(numbered(5), tiny(img_size=4, seed=2, batch=2), CPU, 7, augment)]) == 3
-    assert seen == [(2, 7, i) for i in range(5)]
 
 
 def windows(n, augment, epoch=0):
@@ -546,7 +474,7 @@ def test_training_crops_are_windows_of_the_picture_all_of_them_flipped_or_not_eq
     for axis in (0, 1):  # a flip says nothing of where the window is
         for place in {window[axis] for window in found}:
             assert 0.4 < np.mean([flipped for *at, flipped in found if at[axis] == place]) < 0.6
-    assert windows(20, 'crop_flip', 0) != windows(20, 'crop_flip', 1)
+    assert windows(20, 'crop_flip', 0) == windows(20, 'crop_flip', 0) != windows(20, 'crop_flip', 1)
 
 
 @pytest.mark.parametrize('augment, epoch', [('crop_flip', None), ('none', None), ('none', 0)])
