@@ -1,6 +1,7 @@
 """What the tests of section 4 share: small settings, and fake data sets in the real layouts."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import ismodule
 from pathlib import Path
 
@@ -35,9 +36,15 @@ def run(folder, *argv, program=train, **changes):
     return program.main([*argv, '--set', *(f'{name}={value}' for name, value in changes.items())])
 
 
-def task_of(settings=None, pictures=(), n=3):
+def task_of(pictures=(), n=3):
     """A task of pictures in memory, all for training."""
     return data.Task(list(pictures), [], [], [str(c) for c in range(n)])
+
+
+def load_with(monkeypatch, **parts):
+    """From now on every task that is loaded has other parts, as a loss of its own."""
+    load = data.load
+    monkeypatch.setattr(data, 'load', lambda settings: replace(load(settings), **parts))
 
 
 def folders_of(runs):
@@ -133,6 +140,19 @@ def images_tested():
         yield seen
     finally:
         handle.remove()
+
+
+@pytest.fixture
+def refused(tmp_path, capfd):
+    """Runs train.py, tiny; returns the one line on stderr. There must be one, and no more than one."""
+    def line(*argv, **changes):
+        capfd.readouterr()
+        status = run(tmp_path / 'runs', *argv, **changes)
+        out, err = capfd.readouterr()
+        assert status == 2 and err.startswith('error: ') and err.count('\n') == 1, err
+        assert 'Traceback' not in out + err and 'File "' not in err and len(err) < 900, err
+        return err
+    return line
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,7 @@ import data
 import train
 import vit
 
-HERE = train.HERE
-READ_CONFIGS = train.read_configs
+HERE, READ_CONFIGS = train.HERE, train.read_configs
 
 words = st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs']))
 words |= st.text('\udc80\udcff\n\'"é\x1b{}[]:,&*', max_size=9)
@@ -24,10 +23,7 @@ numbers = st.integers(-3, 99) | st.integers() | st.floats() | st.integers(300, 4
 plain = st.none() | st.booleans() | numbers | st.text(max_size=20)
 plain |= st.sampled_from(['../x', 'a/b', '\n', '\0', 'ivpt,', 'lr'])
 anything = st.recursive(plain, lambda x: st.lists(x, max_size=4) | st.dictionaries(
-    st.text(max_size=5) | st.integers(), x, max_size=4))
-
-
-anything |= st.just(json.loads('[' * 90 + ']' * 90))
+    st.text(max_size=5) | st.integers(), x, max_size=4)) | st.just(json.loads('[' * 90 + ']' * 90))
 
 
 @pytest.fixture(scope='module')
@@ -67,8 +63,8 @@ def files(folder):
 
 def status(*argv):
     """The exit status of a command line; if it is 2, there was one line on stderr, and no other is."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    err = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
         try:
             number = train.main(list(argv))
         except SystemExit as stop:  # --help
@@ -90,8 +86,6 @@ plausible = st.sampled_from([
     'mean=[1, 2, 1e999]', 'mean=!!bool x', 'mean=2001-99-99', 'mean=!!int ""', 'lr=!!bool x', 'mean=' + '[' * 2000,
     'N=0x' + 'f' * 5000, 'x.py:y', '../x.py:y', '.py:', 'seed=' + '9' * 5000, '9' * 5000, 'configs.yaml', 'tests',
     '/dev/null', '.', 'x' * 5000, 'a\nb\x1b[31m'])
-
-
 joined = st.tuples(flags, words | plausible).map('='.join)
 
 
@@ -127,7 +121,7 @@ def configured(here, monkeypatch):
     (here / 'configs.yaml').unlink()
 
 
-text = st.lists(st.sampled_from(list('{}[]:,&*!|>-\n \t#%@`"\'ab1?')), max_size=30).map(''.join)
+text = st.text('{}[]:,&*!|>-\n \t#%@`"\'ab1?', max_size=30)
 
 
 def test_a_configs_yaml_of_anything_is_refused_in_one_line(configured):
@@ -174,12 +168,11 @@ def test_a_result_of_anything_is_no_result(content, params, tmp_path_factory):
 
 lines = st.lists(st.sampled_from(['a.jpg 1', 'a.jpg', ' 1', '../a.jpg 1', '/a 1', 'a.jpg 99', 'a.jpg -1', '\0 1',
                                   'x' * 300 + ' 1', 'a.jpg ' + '9' * 5000, 'a.jpg ²', '']) | words, max_size=3)
-lines = lines.map('\n'.join)
+lines = lines.map(lambda x: '\n'.join(x).encode('utf-8', 'surrogateescape'))
 
 
 @given(name=st.sampled_from(['list.txt', 'list.json']),
-       content=st.binary(max_size=60) | lines.map(lambda x: x.encode('utf-8', 'surrogateescape'))
-       | anything.map(json.dumps).map(str.encode))
+       content=st.binary(max_size=60) | lines | anything.map(json.dumps).map(str.encode))
 def test_a_list_of_anything_gives_samples_in_its_folder_or_is_refused_in_one_line(name, content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / 'list' / name
     path.parent.mkdir(exist_ok=True)

@@ -4,9 +4,9 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import redirect_stdout, suppress
@@ -17,12 +17,12 @@ import faults
 import numpy as np
 import pytest
 import torch
-import torchvision
 from faults import outcome
-from pictures import no_network, oxford, run, tiny  # noqa: F401
+from pictures import NANO, no_network, oxford, run, save_picture, tiny, vtab  # noqa: F401
 
 import data
 import train
+import vit
 
 HOW = dict(epochs=4, img_size=16, n_train=24, n_val=8, n_test=8)  # two steps an epoch
 
@@ -45,8 +45,9 @@ def stop_at(monkeypatch, epoch, step):
 
 
 def run_and_stop(monkeypatch, config, epoch=2, step=0):
+    """Interrupted: it says how far it got."""
     stop_at(monkeypatch, epoch, step)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=f'{4 if epoch is None else epoch} of 4 epochs are kept in .*/seed0;'):
         train.run(config)
 
 
@@ -122,23 +123,20 @@ def test_again_may_be_killed_at_each_moment_and_goes_on_and_the_old_or_the_new_r
         patch.setattr(train, 'write', killed(train.write, ''))
         train.run(config, again=True)
     whole = [train.read_result(place) for place in (folder, folder.with_name('seed0.before'))]
-    kept = [{name: x for name, x in result.items() if name != 'seconds'} for result in whole if result]
-    assert kept and all(result == {name: x for name, x in old.items() if name != 'seconds'} for result in kept)
+    assert {result['params_digest'] for result in whole if result} == {old['params_digest']}
     train.run(config, again=True)
-    assert outcome(tmp_path) == uninterrupted(epochs=1)
+    assert outcome(tmp_path) == uninterrupted(epochs=1) and train.read_result(folder.with_name('seed0.before'))
 
 
 def test_other_random_numbers_are_the_same_after_an_interruption_too(tmp_path, monkeypatch):
     """A student who adds dropout keeps this property: the loop seeds all generators, epoch by epoch."""
-    make_model = train.make_model
-
-    class Noise(torch.nn.Module):
+    class Noise(torch.nn.Dropout):
         def forward(self, x):
-            return x * random.random() + np.random.rand() if self.training else x
+            return super().forward(x) * random.random() + np.random.rand() if self.training else x
 
-    def with_dropout(*args):
+    def with_dropout(*args, make_model=train.make_model):
         model, identity = make_model(*args)
-        model.head = torch.nn.Sequential(torch.nn.Dropout(0.5), model.head, Noise())
+        model.head = torch.nn.Sequential(Noise(), model.head)
         return model, identity
     monkeypatch.setattr(train, 'make_model', with_dropout)
     train.run(config_of(tmp_path / 'whole'))
@@ -149,15 +147,11 @@ def test_other_random_numbers_are_the_same_after_an_interruption_too(tmp_path, m
 
 
 def test_each_epoch_of_each_seed_has_random_numbers_of_its_own(tmp_path, monkeypatch):
-    batches, seeds = data.batches, []
-
-    def watched(pictures, config, device, now=None, *part):
-        seeds.extend([torch.initial_seed()] if now is not None else [])
-        return batches(pictures, config, device, now, *part)
-    monkeypatch.setattr(data, 'batches', watched)
+    numbers, set_lr = [], train.set_lr
+    monkeypatch.setattr(train, 'set_lr', lambda *args: (numbers.append(torch.initial_seed()), set_lr(*args)))
     for seed in (0, 1):
         train.run(config_of(tmp_path, method='linear', seed=seed))
-    assert len(seeds) == len(set(seeds)) == 8
+    assert len(numbers) == 2 * len(set(numbers)) == 16  # two steps an epoch
 
 
 def test_pictures_in_files_leave_the_same_bits_in_memory_or_not_and_with_threads_or_without(tmp_path):
@@ -169,16 +163,6 @@ def test_pictures_in_files_leave_the_same_bits_in_memory_or_not_and_with_threads
                        n_train=20, n_val=5))
         outcomes.append(outcome(runs))
     assert outcomes[0] == outcomes[1] == outcomes[2]
-
-
-def test_a_result_holds_what_its_bits_depend_on_beside_the_settings(tmp_path):
-    result = train.run(config_of(tmp_path, method='linear'))
-    assert result['environment'] == {
-        'torch': str(torch.__version__), 'torchvision': torchvision.__version__, 'threads': torch.get_num_threads(),
-        'device': train.find_device().type}
-
-
-# ---- Going on with other settings -----------------------------------------------------------------------
 
 
 def test_other_settings_in_the_same_folder_are_refused_with_the_difference(tmp_path, monkeypatch):
@@ -206,9 +190,11 @@ def finished(tmp_path_factory):
     return begun_with
 
 
-@pytest.mark.parametrize('name', [x.name for x in fields(train.Machine)])
-def test_what_is_finished_is_not_run_again_and_a_machines_setting_may_change_or_be_missing(name, finished, capsys):
-    assert finished('machine', name, 'another') and finished('machine', name, None)
+@pytest.mark.parametrize('group, name', [*(('machine', x.name) for x in fields(train.Machine)), ('loop', 'precision')])
+def test_what_is_finished_is_not_run_again_and_what_changes_no_number_may_change_or_be_missing(
+        group, name, finished, capsys):
+    """Of the precision it counts what it computes in: `auto` is another format on another device."""
+    assert finished(group, name, 'another') and finished(group, name, None)
     assert capsys.readouterr().out.count('finished before') == 2
 
 
@@ -223,31 +209,60 @@ def test_any_other_setting_is_refused_when_it_changes_and_when_only_one_of_two_r
             finished(group, name, value)
 
 
-@pytest.mark.parametrize('name', ['precision', 'backbone', 'train sizes'])
-def test_a_run_that_was_made_of_something_else_is_refused(name, finished):
+@pytest.mark.parametrize('group, name', [
+    ('identity', 'precision'), ('identity', 'backbone'), ('identity', 'train sizes'), ('loop', 'a setting of old')])
+def test_a_run_that_was_made_of_something_else_is_refused(group, name, finished):
     with pytest.raises(train.InputError, match=rf"\b{name} 'another' -> .*--again"):
-        finished('identity', name, 'another')
+        finished(group, name, 'another')
 
 
-def test_what_counts_of_the_precision_is_what_it_computes_in(finished):
-    """`auto` is another format on another device."""
-    assert finished('loop', 'precision', 'auto')
+def test_a_run_goes_on_where_its_pictures_were_moved_to_and_not_on_others(tmp_path, capfd):
+    """Nor after the official lists have appeared. What counts of the pictures is in test_4_1_data.py."""
+    def pets(folder, status, said):
+        argv = '--task', 'pets', '--model', NANO, '--method', 'linear', '--data', str(tmp_path / folder)
+        how = dict(img_size=24, epochs=1, n_train=8, n_val=3, n_test=5)
+        assert run(tmp_path / 'runs', *argv, **how) == status
+        assert said in ''.join(capfd.readouterr())
+    oxford(tmp_path / 'data', trainval=11, test=5)
+    pets('data', 0, 'test accuracy')
+    (tmp_path / 'data').rename(tmp_path / 'moved')
+    pets('moved', 0, 'finished before')
+    save_picture(tmp_path / 'moved/oxford-iiit-pet/images/breed_1_1000.jpg', 77, 90, 80)
+    pets('moved', 2, "test sizes '")
+    vtab(tmp_path / 'moved')
+    pets('moved', 2, "test names '")
 
 
-def test_a_setting_that_there_is_no_more_is_refused(finished):
-    with pytest.raises(train.InputError, match='of_old 3 -> None'):
-        finished('loop', 'of_old', 3)
+def test_a_run_is_not_taken_up_again_on_another_backbone_but_on_the_same_by_another_path(tmp_path, capfd):
+    def vpt(name):
+        how = dict(epochs=1, n_train=8, n_val=2, n_test=4)
+        status = run(tmp_path / 'runs', '--method', 'vpt', weights=tmp_path / name, **how)
+        return status, *capfd.readouterr()
+    torch.save(vit.build(NANO).state_dict(), tmp_path / 'a.pth')
+    assert vpt('a.pth')[0] == 0
+    (tmp_path / 'a.pth').rename(tmp_path / 'b.pth')
+    torch.save(vit.build(NANO).state_dict(), tmp_path / 'a.pth')  # other random numbers
+    status, _, err = vpt('a.pth')
+    assert status == 2 and err.count('\n') == 1 and 'backbone' in err and '->' in err
+    status, out, _ = vpt('b.pth')
+    assert status == 0 and 'finished before' in out
 
 
-def test_the_scale_of_float16s_loss_goes_on_where_it_was(tmp_path):
-    about = {'settings': train.as_dict(config_of(tmp_path)), 'identity': {}, 'environment': {}}
-    for factor in 3.0, None:
-        model = torch.nn.Linear(2, 2)
-        scaler = torch.amp.GradScaler('cpu', init_scale=factor or 2.0)
-        scaler.scale(torch.ones(()))
-        state = train.State(model, torch.optim.SGD(model.parameters()), scaler, [])
-        train.save(tmp_path, state, about) if factor else train.resume(tmp_path, state, about)
-    assert scaler.get_scale() == 3
+def test_the_code_of_a_task_a_method_and_a_backbone_in_a_file_is_a_part_of_the_run(tmp_path):
+    """By what stands in the file. Its path is in the settings, its name in the message."""
+    (tmp_path / 'mine.py').write_text('import vit\nimport data\n\n\n'
+                                      'def task(settings):\n    return data.Task([], [], [], ["a"])\n\n\n'
+                                      'def backbone(settings, num_classes):\n    return vit.ViT(16, 8, (12, 2, 2))\n')
+    (tmp_path / 'method.py').write_text('from torch import nn\n\n\n'
+                                        'def head(vit, num_classes, settings):\n    return nn.Linear(1, 1)\n')
+    config = tiny(f'{tmp_path}/mine.py:task', f'{tmp_path}/method.py:head', img_size=16)
+    config = replace(config, backbone=replace(config.backbone, build=f'{tmp_path}/mine.py:backbone'))
+    first = train.make_model(config, data.load(config))[1]
+    assert set(first) == {'backbone', 'pictures by', 'code of mine.py:task', 'code of mine.py:backbone',
+                          'code of method.py:head'}
+    (tmp_path / 'method.py').write_text((tmp_path / 'method.py').read_text().replace('(1, 1)', '(1, 2)'))
+    other = train.make_model(config, data.load(config))[1]
+    assert {name for name in first if first[name] != other[name]} == {'code of method.py:head'}
 
 
 def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
@@ -257,9 +272,6 @@ def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
     assert 'threads 1 -> 99: not the same bits' in capsys.readouterr().out
 
 
-# ---- Damage ---------------------------------------------------------------------------------------------
-
-
 class Code:
     """What a pickle can hold: a call."""
 
@@ -267,26 +279,27 @@ class Code:
         return print, ('this was run',)
 
 
-def with_code(content, tmp_path):
-    torch.save(Code(), tmp_path / 'code.pth')
-    return (tmp_path / 'code.pth').read_bytes()
+def with_code(content):
+    file = io.BytesIO()
+    torch.save(Code(), file)
+    return file.getvalue()
 
 
 @pytest.mark.parametrize('damage', [
-    lambda content, _: content[:len(content) // 2],
-    lambda content, _: content[:5000] + bytes([content[5000] ^ 4]) + content[5001:],
-    lambda content, _: b'', lambda content, _: b'x' * 1000, with_code])
+    lambda content: content[:len(content) // 2],
+    lambda content: content[:5000] + bytes([content[5000] ^ 4]) + content[5001:],
+    lambda content: b'', with_code])
 def test_a_damaged_checkpoint_is_named_and_the_run_starts_over(damage, tmp_path, monkeypatch, uninterrupted, capsys):
     """One with code in it is damaged: the code is not run."""
-    config = config_of(tmp_path / 'runs')
+    config = config_of(tmp_path)
     run_and_stop(monkeypatch, config, 3, 1)
     file = train.folder_of(config) / 'checkpoint.pth'
-    file.write_bytes(damage(file.read_bytes(), tmp_path))
+    file.write_bytes(damage(file.read_bytes()))
     capsys.readouterr()
     train.run(config)
     said = capsys.readouterr().out
     assert f'{file} is damaged and is not used' in said and 'resumed' not in said and 'this was run' not in said
-    assert outcome(tmp_path / 'runs') == uninterrupted()
+    assert outcome(tmp_path) == uninterrupted()
 
 
 @pytest.mark.parametrize('name, contents', [
@@ -306,34 +319,11 @@ def test_a_damaged_result_or_parameters_of_another_run_are_made_again_from_the_c
     assert train.run(config) == first and file.read_bytes() == whole
 
 
-# ---- Files that cannot be written -----------------------------------------------------------------------
-
-
-def test_a_folder_that_cannot_be_written_is_one_line_before_the_first_epoch(tmp_path, capfd):
+def test_a_folder_that_cannot_be_written_is_one_line_before_the_first_epoch_and_the_end_of_all(tmp_path, capfd):
     (tmp_path / 'file').write_text('')
-    assert run(tmp_path / 'file', '--method', 'linear', img_size=24) == 2
+    assert run(tmp_path / 'file', '--method', 'linear', '--seed', '0,1', img_size=24) == 2
     out, err = capfd.readouterr()
     assert err.count('\n') == 1 and 'cannot be written' in err and 'epoch  ' not in out
-
-
-def test_a_disk_that_is_full_is_one_line_and_the_epochs_before_are_whole(
-        tmp_path, monkeypatch, capfd, uninterrupted):
-    fsync, calls = train.os.fsync, []
-
-    def full(number):
-        calls.append(number)
-        if len(calls) > 7:  # two files a time: after epoch 3 the checkpoint is written, the log is not
-            raise OSError(28, 'No space left on device')
-        fsync(number)
-    monkeypatch.setattr(train.os, 'fsync', full)
-    assert run(tmp_path, '--method', 'ivpt', '--seed', '0,1', **HOW) == 2
-    err = capfd.readouterr().err
-    assert err.count('\n') == 1 and 'log.jsonl cannot be written (No space left on device)' in err
-    assert not list(tmp_path.rglob('*.part'))
-    monkeypatch.setattr(train.os, 'fsync', fsync)
-    assert run(tmp_path, '--method', 'ivpt', '--seed', '0,1', **HOW) == 0
-    assert 'after epoch 3' in capfd.readouterr().out
-    assert outcome(tmp_path) == uninterrupted()
 
 
 def test_kills_damages_and_a_full_disk_lose_nothing(tmp_path):
@@ -342,43 +332,22 @@ def test_kills_damages_and_a_full_disk_lose_nothing(tmp_path):
     assert sum(map(len, table.values())) == 9 and not list(filter(None, sum(table.values(), []))), table
 
 
-# ---- One run that does not stop the others --------------------------------------------------------------
-
-
-def test_what_is_wrong_with_one_run_does_not_keep_the_next_from_its_turn(tmp_path, capfd):
-    argv = '--task', 'pets,where_blue', '--method', 'vpt,ivpt'
-    assert run(tmp_path, *argv, data=str(tmp_path), **HOW) == 2
-    err = capfd.readouterr().err
-    assert err.count('\n') == 1 and 'oxford' in err  # once, not once a method
-    assert len(list(tmp_path.rglob('result.json'))) == 2
-
-
-# ---- Signals, two at once, closed streams: in processes of their own ------------------------------------
-
 CHANGES = [f'{name}={value}' for name, value in HOW.items()]
 
 
 def signal_at(number, step):
     """For a child: send yourself a signal in a step, counted from 0."""
-    steps, backward = [], torch.Tensor.backward
-
-    def counted(*args):
-        steps.append(1)
-        if len(steps) == step + 1:
-            os.kill(os.getpid(), number)
-        return backward(*args)
-    torch.Tensor.backward = counted
+    steps, backward = iter(range(99)), torch.Tensor.backward
+    torch.Tensor.backward = lambda *args: (next(steps) == step and os.kill(os.getpid(), number), backward(*args))
 
 
-@pytest.mark.parametrize('name, status, said', [
-    ('SIGINT', 130, '2 of 4 epochs are kept in'), ('SIGTERM', -signal.SIGTERM, '')])
-def test_after_ctrl_c_and_sigterm_a_run_goes_on_as_if_nothing_had_been(name, status, said, tmp_path, uninterrupted):
+@pytest.mark.parametrize('name, status', [('SIGINT', 130), ('SIGTERM', -signal.SIGTERM)])
+def test_after_ctrl_c_and_sigterm_a_run_goes_on_as_if_nothing_had_been(name, status, tmp_path, uninterrupted):
     runs = tmp_path / 'runs'
     pid = faults.child(runs, lambda: signal_at(getattr(signal, name), step=5), *CHANGES)
     assert faults.ended(pid) == status
-    err = faults.said(runs, 'err')
-    assert err.count('\n') == bool(said) and said in err
-    assert ('the same command goes on from there' in err) == bool(said)
+    said = re.escape(f'2 of 4 epochs are kept in {faults.folder_of(runs)}; the same command goes on from there\n')
+    assert re.fullmatch(f'error: stopped. {said}' if status == 130 else '', faults.said(runs, 'err'))
     assert faults.ended(faults.child(runs, lambda: None, *CHANGES)) == 0
     assert 'resumed   after epoch 2' in faults.said(runs)
     assert outcome(runs) == uninterrupted()
@@ -405,7 +374,8 @@ def test_a_stream_that_nobody_reads_any_more_ends_a_run_as_it_ends_other_command
 
 
 def test_a_stream_that_is_full_is_one_line(tmp_path):
-    command = [sys.executable, train.__file__, *faults.ARGV, f'runs={tmp_path}']
-    with open('/dev/full', 'w') as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 2 and done.stderr.count('\n') == 1 and done.stderr.startswith('error: '), done.stderr
+    def full():
+        sys.stdout = open('/dev/full', 'w')
+    assert faults.ended(faults.child(tmp_path / 'runs', full)) == 2
+    err = faults.said(tmp_path / 'runs', 'err')
+    assert err.count('\n') == 1 and err.startswith('error: '), err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pictures import CONFIGS, NANO, run
+from pictures import CONFIGS, NANO
 
 import train
 from vit import InputError
@@ -21,11 +21,6 @@ def runs_of(*argv):
 def values_of(settings):
     """All settings by name, whatever group they are in."""
     return {name: x for group in asdict(settings).values() if isinstance(group, dict) for name, x in group.items()}
-
-
-def folder(*argv):
-    """The folder of the last run of a command line, within that of its task and its model."""
-    return Path(*train.folder_of(runs_of(*argv)[-1]).parts[3:]).as_posix()
 
 
 def test_the_later_one_of_defaults_model_task_method_and_command_line_wins():
@@ -69,13 +64,16 @@ def test_what_is_given_twice_is_refused(argv, said):
     ('tasks', {'method': ['vpt', 'ivpt']}, 'unknown method'),
     ('tasks', {'per_task': 3}, 'tasks: mine: per_task has settings by task, not 3'),
     ('tasks', {'per_task': {'mine': 3}}, 'tasks: mine: per_task has settings by task, not 3'),
+    ('tasks', {'epoch': 3}, "tasks: mine: unknown setting 'epoch': did you mean 'epochs'?"),
+    ('methods', {'lr': 'fast'}, "methods: mine: lr is a number from 1e-12 to 1e.06, not 'fast'"),
     ('groups', 'pets', "groups: mine is 'pets', and not a list"),
     ('groups', [[3]], "unknown task '.3.'"), ('groups', ['mine'], 'the group mine has itself among its members')])
-def test_an_entry_of_another_kind_and_a_group_inside_itself_are_one_line(section, entry, said, monkeypatch):
+def test_a_wrong_entry_of_configs_yaml_is_named_with_its_section(section, entry, said, monkeypatch):
     text = yaml.safe_dump(CONFIGS | {section: CONFIGS[section] | {'mine': entry}})
     monkeypatch.setattr(train, 'read_yaml', lambda *args: yaml.safe_load(text))
     with pytest.raises(InputError, match=said):
-        train.runs_of(train.parser('').parse_args(['--task', 'mine']), train.read_configs())
+        argv = ['--method' if section == 'methods' else '--task', 'mine']
+        train.runs_of(train.parser('').parse_args(argv), train.read_configs())
 
 
 def test_every_task_method_and_model_of_configs_yaml_is_made_of_settings_that_are_known():
@@ -119,18 +117,11 @@ def test_the_image_size_is_that_of_the_models_name_if_no_setting_says_another(mo
         assert settings.backbone.img_size == expected
 
 
-def test_task_method_model_and_seed_are_no_settings(capsys):
-    for name, value in ('method', 'vpt'), ('task', 'pets'), ('model', 'vit_tiny_patch8_8'), ('seed', '3'):
-        assert train.main(['--set', f'{name}={value}']) == 2
-        assert capsys.readouterr().err.endswith(f'--set {name}={value}: write --{name} {value}\n')
-
-
 @pytest.mark.parametrize('argv, expected', [
     ([], 'ivpt/seed0'),
     (['--seed', '3'], 'ivpt/seed3'),
     (['--set', 'lr=0.5', 'epochs=2'], 'ivpt,epochs=2,lr=0.5/seed0'),
     (['--set', 'epochs=2', 'lr=0.5'], 'ivpt,epochs=2,lr=0.5/seed0'),
-    (['--set', 'N=5'], 'ivpt,N=5/seed0'),
     (['--set', 'lr=0.07', 'k=4'], 'ivpt/seed0'),  # what the entries of where_blue and ivpt say
     (['--set', 'grain=0', 'ask=where_red'], 'ivpt,ask=where_red,grain=0.0/seed0'),
     (['--set', 'mean=[0, 0.5, 1]'], 'ivpt,mean=_0,_0.5,_1_/seed0'),
@@ -138,33 +129,17 @@ def test_task_method_model_and_seed_are_no_settings(capsys):
     (['--method', 'some/where/my_method.py:Shift'], 'some_where_my_method.py_Shift/seed0'),
 ])
 def test_the_folder_of_a_run_names_the_settings_that_the_command_line_changed_and_that_change_a_number(argv, expected):
-    assert folder(*argv) == expected
+    settings = runs_of(*argv)[-1]
+    assert train.folder_of(settings) == Path(settings.machine.runs, 'where_blue', NANO, expected)
 
 
-def test_the_folder_of_a_run_lies_below_its_task_and_its_model():
+def test_the_folder_of_a_run_may_have_further_words_in_its_name():
     settings, = runs_of('--set', 'runs=somewhere/else')
-    assert train.folder_of(settings) == Path('somewhere/else/where_blue', NANO, 'ivpt/seed0')
     assert train.folder_of(replace(settings, label=('search',))) == Path(
         'somewhere/else/where_blue', NANO, 'ivpt,search/seed0')
-
-
-def test_one_command_after_another_leaves_a_folder_each_in_one_folder_of_runs(tmp_path, capsys):
-    """`--set lr=0.5` after a finished run is another run. `--again` is not needed for it, and not `runs=`."""
-    for changes in {}, {'lr': 0.5}, {'N': 5}:
-        assert run(tmp_path, '--method', 'ivpt', epochs=1, img_size=16, n_train=8, **changes) == 0
-    assert len(list(tmp_path.glob('where_blue/*/ivpt,*/seed0/result.json'))) == 3
-    assert 'finished before' not in capsys.readouterr().out
 
 
 def test_a_run_below_torchrun_is_refused_with_the_program_that_divides_runs(monkeypatch, capsys):
     monkeypatch.setenv('RANK', '0')
     assert train.main([]) == 2
     assert 'sweep.py divides runs' in capsys.readouterr().err
-
-
-def test_a_wrong_entry_is_named_with_its_section():
-    configs = CONFIGS | {'methods': {'m': {'lr': 'fast'}}, 'tasks': {'t': {'epoch': 3}, 'pets': {}}}
-    with pytest.raises(InputError, match="methods: m: lr is a number from 1e-12 to 1e\\+06, not 'fast'"):
-        train.settings_of(configs, 'pets', NANO, 'm')
-    with pytest.raises(InputError, match="tasks: t: unknown setting 'epoch': did you mean 'epochs'?"):
-        train.settings_of(configs, 't', NANO, 'm')

@@ -1,20 +1,18 @@
 """Bad files: one clear line each. Nothing in a file is run, nothing hangs, no header is trusted with memory."""
 
 import argparse
-import io
 import os
 import pickle
 import re
 import resource
 import struct
 import sys
-import tarfile
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import DIALECTS, SUFFIXES, copy_of, same, safetensors, save, state_of, tiny
+from checkpoints import DIALECTS, SUFFIXES, same, safetensors, save, state_of, tiny
 from checkpoints import refusal as refused
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -65,19 +63,16 @@ def refusal(path):
     return said
 
 
-def right_or_refused(path):
-    """Whether a file is loaded, as what was saved into it. Otherwise it is refused."""
-    before = copy_of(MODEL)
+def right_or_refused(path, exact=True):
+    """Whether a file is loaded, as what was saved into it, or as numbers at least. Otherwise it is refused."""
     try:
         vit.load_weights(MODEL, path)
     except InputError:
-        assert same(before, MODEL.state_dict()) and refusal(path)
+        assert refusal(path)
         return False
-    assert same(MODEL.state_dict(), TRUTH)
+    state = MODEL.state_dict()
+    assert same(state, TRUTH) if exact else all(x.isfinite().all() for x in state.values())
     return True
-
-
-# ---- Damage ---------------------------------------------------------------------------------------------
 
 
 @every_format
@@ -95,21 +90,7 @@ def test_damage_in_a_file_is_found_by_its_checksums_or_gives_numbers(suffix, dat
     for _ in range(data.draw(st.integers(1, 3))):
         part = data.draw(st.sampled_from([0, len(content) // 2, len(content) - 3000]))  # header, middle, directory
         content[data.draw(st.integers(part, min(part + 3000, len(content)) - 1))] = data.draw(st.integers(0, 255))
-    path = written(folder / f'damaged{suffix}', bytes(content))
-    if suffix != '.safetensors':
-        right_or_refused(path)
-        return
-    try:
-        vit.load_weights(MODEL, path)
-    except InputError:
-        refusal(path)
-    assert all(x.isfinite().all() for x in MODEL.state_dict().values())
-
-
-@fewer
-@given(content=st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
-def test_bytes_and_words_are_refused(content, folder):
-    assert 'is not a checkpoint' in refusal(written(folder / 'bytes', content))
+    right_or_refused(written(folder / f'damaged{suffix}', bytes(content)), exact=suffix != '.safetensors')
 
 
 def test_a_folder_a_pipe_and_a_missing_file_are_refused(tmp_path):
@@ -118,21 +99,13 @@ def test_a_folder_a_pipe_and_a_missing_file_are_refused(tmp_path):
         assert 'there is no such file' in refusal(path)
 
 
-def tar(content):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode='w') as archive:
-        member = tarfile.TarInfo('weights.pth')
-        member.size = len(content)
-        archive.addfile(member, io.BytesIO(content))
-    return file.getvalue()
-
-
 @pytest.mark.parametrize('content, said', [
     (b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 346\n', 'a pointer of Git LFS: git lfs pull'),
     (b'<!DOCTYPE html><html>moved</html>', 'a web page: download the file itself'),
     (b'\n<?xml version="1.0"?><Error/>', 'a web page'),
     (b'{\n  "metadata": {"total_size": 9}, "weight_map": {}}', 'JSON: if it lists the parts of a checkpoint'),
-    (tar(b'weights'), 'a tar archive: unpack it')], ids=['LFS', 'page', 'XML', 'index', 'tar'])
+    (b'weights.pth'.ljust(257, b'\0') + b'ustar', 'a tar archive: unpack it')],
+    ids=['LFS', 'page', 'XML', 'index', 'tar'])
 @pytest.mark.parametrize('name', ['weights.pth', 'weights.safetensors', 'model.index.json'])
 def test_what_is_no_checkpoint_is_called_what_it_is(content, said, name, tmp_path):
     assert said in refusal(written(tmp_path / name, content))
@@ -148,9 +121,6 @@ def test_what_is_no_checkpoint_is_called_what_it_is(content, said, name, tmp_pat
 def test_a_file_without_a_vit_is_refused_with_what_it_holds(content, said, tmp_path):
     line = refusal(save(tmp_path / 'weights.pth', content))
     assert 'holds no ViT' in line and 'patch_embed.proj.weight' in line and line.endswith(f'it holds {said}')
-
-
-# ---- Code -----------------------------------------------------------------------------------------------
 
 
 class Evil:
@@ -193,8 +163,6 @@ def test_an_object_of_a_class_is_called_what_it_is_and_refused_with_what_to_save
     line = refusal(tmp_path / 'model.pth')
     assert f'it holds a {said}' in line and 'save model.state_dict() alone' in line and 'weights_only' not in line
 
-
-# ---- Headers that lie -----------------------------------------------------------------------------------
 
 lengths = st.integers(0, 2 ** 64 - 1) | st.sampled_from([0, 1, 2, 8, 2 ** 31, 2 ** 32, 2 ** 40, 2 ** 63])
 lies = st.one_of(st.integers(-9, 9), lengths, st.integers(10 ** 30, 10 ** 31), st.none(), st.booleans(),
@@ -327,9 +295,11 @@ def test_a_dict_nested_without_end_is_refused(folder):
 
 @pytest.mark.parametrize('odd', [
     lambda x: x[:1, :1].half().expand(2 ** 15, 2 ** 15), lambda x: x.to('meta'), lambda x: x.to_sparse(),
-    lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8)], ids=['expanded', 'meta', 'sparse', 'quantized'])
+    lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), torch.Tensor.long, torch.Tensor.bool,
+    lambda x: x.to(torch.complex64)],
+    ids=['expanded', 'meta', 'sparse', 'quantized', 'integers', 'booleans', 'complex'])
 @pytest.mark.filterwarnings('ignore')
-def test_tensors_without_numbers_of_their_own_are_refused(odd, folder):
+def test_tensors_without_real_numbers_of_their_own_are_refused(odd, folder):
     said = refusal(save(folder / 'odd.pth', TRUTH | {FIRST: odd(torch.zeros(24, 8))}))
     assert f'missing: {FIRST}' in said or 'larger than the file' in said
 
@@ -357,22 +327,6 @@ def test_a_name_from_a_file_cannot_write_to_the_terminal(suffix, name, shape, fo
     assert 'left is ' in lines[0] and all(line.isprintable() for line in lines)
 
 
-def test_a_refusal_is_no_longer_for_long_names(folder):
-    refusal(save(folder / 'long.safetensors', TRUTH | {f'{i}{"x" * 290}': torch.ones(1) for i in range(9)}))
-
-
-# ---- Numbers that are none ------------------------------------------------------------------------------
-
-
-@every_format
-@fewer
-@given(name=st.sampled_from(list(TRUTH)), bad=st.sampled_from([float('nan'), float('inf'), -float('inf')]))
-def test_a_weight_that_is_not_finite_is_refused_by_its_parameters_name(suffix, name, bad, folder):
-    state = state_of('timm')
-    state[name].view(-1)[-1] = bad
-    assert f'NaN or infinite values in {name}' in refusal(save(folder / f'nan{suffix}', state))
-
-
 @pytest.mark.parametrize('dialect, name, bad, timms', [
     ('dinov2', 'blocks.1.ls2.gamma', 'nan', 'blocks.1.mlp.fc2'),
     ('moco_v3_linear', 'module.norm.bias', 'nan', 'norm.bias'),
@@ -383,13 +337,6 @@ def test_what_is_not_finite_in_a_dialect_or_in_single_precision_is_refused_by_ti
     state = state_of(dialect)
     state[name] = torch.full_like(state[name], float(bad), dtype=torch.float64)
     assert f'NaN or infinite values in {timms}' in refusal(save(folder / 'nan.pth', state))
-
-
-@given(name=st.sampled_from([name for name in TRUTH if 'head' not in name]),
-       dtype=st.sampled_from([torch.int64, torch.uint8, torch.bool, torch.complex64]))
-@fewer
-def test_weights_that_are_integers_or_complex_numbers_are_none_and_missing(name, dtype, folder):
-    assert f'missing: {name}' in refusal(save(folder / 'type.pth', TRUTH | {name: TRUTH[name].to(dtype)}))
 
 
 @given(data=st.data())
