@@ -147,9 +147,6 @@ def test_a_task_of_configs_yaml_may_name_its_file_and_give_it_settings_of_its_ow
         assert train.folder_of(config).parts[3] == ('linear' if not changes else 'linear,answers=_1,_1_')
     with pytest.raises(InputError, match='answers is a list'):
         train.settings_of(configs, 'mine', NANO, 'linear', {'answers': '3'})
-    for wrong in 'mine', 'mine.txt:greys', '':
-        with pytest.raises(InputError, match='source is one of vtab, fgvc, folder, FILE.py:NAME, not'):
-            tiny(source=wrong)
 
 
 def test_a_file_that_is_not_in_the_working_folder_is_looked_for_beside_data_py(tmp_path):
