@@ -130,6 +130,12 @@ def test_position_embeddings_of_every_dialect_are_resampled_alike_and_nothing_el
         assert same(other.state_dict(), expected)
 
 
+def test_the_class_token_has_position_0_where_the_file_has_none(tmp_path):
+    state = state_of('flexivit')
+    vit.load_weights(model := tiny(), save(tmp_path / 'weights.pth', state))
+    assert not model.pos_embed[:, 0].any() and torch.equal(model.pos_embed[:, 1:], state['pos_embed'])
+
+
 AROUND = [  # what people save around a state dict, and what the line says of it
     (lambda s: prefixed(s, '_orig_mod.'), '_orig_mod; left is nothing'),  # torch.compile
     (lambda s: prefixed(s, 'module._orig_mod.'), 'module._orig_mod; left is nothing'),  # and DataParallel
