@@ -6,6 +6,7 @@ The protocol is VTAB-1k's: 800 pictures to train on, 200 to choose settings on, 
 import io
 import itertools
 import os
+import resource
 import signal
 import struct
 import threading
@@ -328,6 +329,15 @@ def test_as_many_pictures_are_decoded_at_a_time_as_there_are_workers_and_come_in
     assert [*data.decoded(work, range(30), workers)] == [*range(30)] and not [*data.decoded(work, [], workers)]
 
 
+def test_what_waits_is_not_decoded_any_more_where_an_epoch_is_left_early():
+    begun, gate = [], threading.Event()
+    found = data.decoded(lambda i: begun.append(i) or i == 0 or gate.wait(10), range(99), 2)
+    next(found)
+    threading.Timer(0.3, gate.set).start()
+    found.close()
+    assert len(begun) <= 3  # of four: the first, and one for each thread
+
+
 def test_a_set_that_does_not_fit_in_memory_is_not_decoded_ahead_without_end():
     begun = []
     for n, _ in zip(range(30), data.decoded(begun.append, range(1000), 3)):
@@ -358,11 +368,17 @@ def test_threads_end_with_the_epoch_its_error_or_where_it_is_left_early(work, ta
     assert work is interrupts or i == min(taken, 5) - 1
 
 
-def test_a_run_on_pictures_in_files_needs_no_processes(tmp_path, monkeypatch):
+def test_a_run_on_pictures_in_files_needs_few_open_files_and_no_processes(tmp_path, monkeypatch):
     """A container may have next to no shared memory, through which processes would hand pictures over."""
     settings, _ = pets(tmp_path, runs=str(tmp_path), cache_gb=0.0, workers=4, **SMALL)
     monkeypatch.setattr(os, 'fork', lambda: pytest.fail('a process is started'))
-    assert train.run(settings)['images'] == 5
+    limits, opened = resource.getrlimit(resource.RLIMIT_NOFILE), open(os.devnull)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened.fileno() + 6, limits[1]))  # one for each thread, and one
+        assert train.run(settings)['images'] == 5
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        opened.close()
 
 
 @pytest.mark.parametrize('cpus, processes, threads', [(12, 1, 8), (3, 1, 3), (1, 1, 1), (12, 2, 4), (12, 16, 1)])
