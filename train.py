@@ -399,7 +399,7 @@ def header(model, task, settings, compute, about):
     say('\n          '.join([f'task      {settings.task}: {images}, {len(task.classes)} classes', *task.notes]))
     say(f'backbone  {settings.model} at {how.img_size} pixels, {size / 1e6:.2f}M parameters in all, weights '
         f'{settings.machine.weights} ({about["identity"]["backbone"]})')
-    say(f'pixels    mean {[*how.mean]}, std {[*how.std]}; if the weights were trained with others: --set mean= std=')
+    say(f'pixels    mean {[*how.mean]}, std {[*how.std]}; if the weights had others: --set mean=[R,G,B] std=[R,G,B]')
     say(f'method    {settings.method}, seed {settings.loop.seed}: {count(model) / 1e6:.3f}M trained '
         f'({", ".join(shapes) if len(shapes) < 6 else f"{len(shapes)} tensors"})')
     say('device    ' + ', '.join(f'{name} {value}' for name, value in about['environment'].items()))

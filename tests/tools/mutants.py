@@ -246,7 +246,10 @@ def main(argv=None, root=PROJECT):
         copy = shutil.copytree(root, Path(folder, 'project'), ignore=LEFT_OUT)  # the project may be worked on meanwhile
         kills, green = Counter(), lru_cache(None)(lambda test: not first_red(copy, [test], args.limit))
         ends = pool.map(lambda x: outcome(copy, x, tests[x.file], args.limit, kills, green), chosen)
-        ended = Counter(zip((x.file for x in chosen), ends))
+        ended = Counter()
+        for i, (mutant, end) in enumerate(zip(chosen, ends), start=1):
+            ended[mutant.file, end] += 1
+            print(f'{i} of {len(chosen)}: {dict(Counter(end for _, end in ended.elements()))}', file=sys.stderr)
     for file in sorted({file for file, _ in ended}) + ['all']:
         counts = {how: sum(n for (x, end), n in ended.items() if end == how and file in (x, 'all')) for how in ENDS}
         print(f'{file:30}', *(f'{n:6} {how}' for how, n in counts.items()))
