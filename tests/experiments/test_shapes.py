@@ -120,7 +120,7 @@ def test_the_frame_asks_what_the_picture_answers():
     """All around: where. Top and left: size. Bottom and right: shape. White with black marks: the colour there."""
     images, answer, scene = draw('frame')
     offset = np.cumsum([0] + [len(shapes.names_of(name, FOUR)) for name in shapes.ASKED])
-    colours, questions = list(shapes.COLOURS.values()), set()
+    colours, questions, empty = list(shapes.COLOURS.values()), set(), set()
     for i, picture in enumerate(images.astype(int)):
         sides = sides_of(picture)[:, 5:-5]  # without the corners
         coloured = [any((np.abs(side - rgb) <= 1).all() for rgb in colours) for side in sides]
@@ -131,12 +131,13 @@ def test_the_frame_asks_what_the_picture_answers():
         if question == 'colour':
             row, column = ((side == 0).all(1).nonzero()[0].mean() for side in sides_of(picture)[[2, 0]])
             asked = 3 * int((row - 3) // 14) + int((column - 3) // 14)
+            empty |= {asked} - {*scene.cell[i]}
         else:
             edge = sides[1 if question == 'shape' else 0][0]
             asked = next(c for c, rgb in enumerate(colours) if (np.abs(edge - rgb) <= 1).all())
         one = shapes.Scene(*(x[i:i + 1] for x in scene))
         assert answer[i] == offset[k] + shapes.QUESTIONS[question](one, np.arange(1), np.array([asked]))[0]
-    assert questions == set(shapes.ASKED)
+    assert questions == set(shapes.ASKED) and len(empty) > 3
 
 
 def test_pictures_downstream_have_no_frame():
