@@ -9,8 +9,9 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 
 import faults
@@ -31,52 +32,41 @@ def config_of(folder, **changes):
     return tiny(runs=folder, **HOW | changes)
 
 
-def stop_at(monkeypatch, epoch, step):
-    """The next run is interrupted in a step of an epoch, both counted from 0; or while it is scored, epoch None."""
-    batches = data.batches
+def run_and_stop(monkeypatch, config, epoch=2, step=0):
+    """A run that is interrupted in a step of an epoch, both counted from 0, or while it is scored (epoch None): it says
+    how far it got."""
+    batches, done = data.batches, 4 if epoch is None else epoch
 
     def stopped(pictures, config, device, now=None, *part):
         for i, batch in enumerate(batches(pictures, config, device, now, *part)):
             if (now, i) == (epoch, step) and len(pictures) > 1:  # not at the rehearsal
-                monkeypatch.setattr(data, 'batches', batches)
                 raise KeyboardInterrupt
             yield batch
-    monkeypatch.setattr(data, 'batches', stopped)
-
-
-def run_and_stop(monkeypatch, config, epoch=2, step=0):
-    """Interrupted: it says how far it got."""
-    stop_at(monkeypatch, epoch, step)
-    with pytest.raises(KeyboardInterrupt, match=f'{4 if epoch is None else epoch} of 4 epochs are kept in .*/seed0;'):
-        train.run(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, 'batches', stopped)
+        with pytest.raises(KeyboardInterrupt, match=f'{done} of 4 epochs are kept in .*/seed0;'):
+            train.run(config)
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     """What runs that were never stopped leave, by method."""
-    left = {}
-
-    def run_once(method='ivpt', **changes):
-        if (key := (method, *changes.items())) not in left:
-            folder = tmp_path_factory.mktemp('whole')
-            train.run(config_of(folder, method=method, **changes))
-            left[key] = outcome(folder)
-        return left[key]
+    @cache
+    def run_once(**changes):
+        train.run(config_of(folder := tmp_path_factory.mktemp('whole'), **changes))
+        return outcome(folder)
     return run_once
 
 
-@pytest.mark.parametrize('method, changes, where', [
-    *(('ivpt', {}, where) for where in [(0, 1), (1, 0), (2, 1), (3, 1), (None, 0)]),
-    ('full', {'optimizer': 'AdamW', 'lr': 0.001}, (2, 1))])
+@pytest.mark.parametrize('epoch, step, changes', [
+    (0, 1, {}), (1, 0, {}), (3, 1, {}), (None, 0, {}), (2, 1, {'method': 'full', 'optimizer': 'AdamW', 'lr': 0.001})])
 def test_a_run_that_was_stopped_and_went_on_leaves_what_one_that_never_stopped_leaves(
-        method, changes, where, tmp_path, monkeypatch, uninterrupted):
+        epoch, step, changes, tmp_path, monkeypatch, uninterrupted, capsys):
     """Also with other settings of the machine."""
-    run_and_stop(monkeypatch, config_of(tmp_path, method=method, **changes), *where)
-    said = io.StringIO()
-    with redirect_stdout(said):
-        train.run(config_of(tmp_path, method=method, **changes, data='elsewhere', workers=1, cache_gb=0.5))
-    assert f'resumed   after epoch {4 if where[0] is None else where[0]}, ' in said.getvalue()
-    assert outcome(tmp_path) == uninterrupted(method, **changes)
+    run_and_stop(monkeypatch, config_of(tmp_path, **changes), epoch, step)
+    train.run(config_of(tmp_path, **changes, data='elsewhere', workers=1, cache_gb=0.5))
+    assert f'resumed   after epoch {4 if epoch is None else epoch}, ' in capsys.readouterr().out
+    assert outcome(tmp_path) == uninterrupted(**changes)
 
 
 @pytest.mark.parametrize('name, nth', [('checkpoint.pth', 0), ('checkpoint.pth', 3), ('log.jsonl', 0), ('log.jsonl', 2),
@@ -328,24 +318,20 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_the_first_epoch_and_
 
 def test_kills_damages_and_a_full_disk_lose_nothing(tmp_path):
     """A few; `python tests/tools/faults.py` tries many."""
-    table = faults.faults(tmp_path, kills=3, damages=1, disks=1, seed=1, mounting=False)
+    table = faults.faults(tmp_path, kills=3, damages=1, disks=1, seed=1)
     assert sum(map(len, table.values())) == 9 and not list(filter(None, sum(table.values(), []))), table
 
 
 CHANGES = [f'{name}={value}' for name, value in HOW.items()]
 
 
-def signal_at(number, step):
-    """For a child: send yourself a signal in a step, counted from 0."""
-    steps, backward = iter(range(99)), torch.Tensor.backward
-    torch.Tensor.backward = lambda *args: (next(steps) == step and os.kill(os.getpid(), number), backward(*args))
-
-
-@pytest.mark.parametrize('name, status', [('SIGINT', 130), ('SIGTERM', -signal.SIGTERM)])
-def test_after_ctrl_c_and_sigterm_a_run_goes_on_as_if_nothing_had_been(name, status, tmp_path, uninterrupted):
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_after_ctrl_c_and_sigterm_a_run_goes_on_as_if_nothing_had_been(number, status, tmp_path, uninterrupted):
+    def stopped_in_step_6():
+        steps, backward = iter(range(99)), torch.Tensor.backward
+        torch.Tensor.backward = lambda *args: (next(steps) == 5 and os.kill(os.getpid(), number), backward(*args))
     runs = tmp_path / 'runs'
-    pid = faults.child(runs, lambda: signal_at(getattr(signal, name), step=5), *CHANGES)
-    assert faults.ended(pid) == status
+    assert faults.ended(faults.child(runs, stopped_in_step_6, *CHANGES)) == status
     said = re.escape(f'2 of 4 epochs are kept in {faults.folder_of(runs)}; the same command goes on from there\n')
     assert re.fullmatch(f'error: stopped. {said}' if status == 130 else '', faults.said(runs, 'err'))
     assert faults.ended(faults.child(runs, lambda: None, *CHANGES)) == 0

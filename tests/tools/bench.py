@@ -17,9 +17,9 @@ their own, and their outputs are dropped.
 """
 
 import argparse
+import multiprocessing
 import random
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,9 +36,7 @@ import vit
 from ivpt import reinforce_, top_k
 
 CONFIGS = train.read_configs()
-METHODS = {'VPT': 'vpt', 'CDC': 'cdc', 'iVPT': 'ivpt'}  # by their names in configs.yaml
 CLASSES = 100
-TABLE_8 = {'VPT': 17.732, 'iVPT': 17.733, 'dam_vp': 33.728}  # GFLOPs (linear maps, multiply-adds)
 
 
 class Concatenated(torch.nn.Module):
@@ -73,7 +71,7 @@ def build(variant, args):
     method, *N = variant.split()
     task = data.Task([], [], [], [str(c) for c in range(CLASSES)])
     changes = {'N': int(N[0])} if N else {}
-    settings = settings_of(args, 'linear' if method == 'plain' else METHODS.get(method, method), **changes)
+    settings = settings_of(args, 'linear' if method == 'plain' else method.lower(), **changes)
     model, _ = train.make_model(settings, task)
     if method == 'plain':
         model.pos_embed.requires_grad_(True)
@@ -88,11 +86,8 @@ def step(model, images, labels, precision):
     with train.Compute(images.device, precision, '').autocast():
         loss = F.cross_entropy(model.train()(images), labels)
     loss.backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.grad is not None:  # of EXPRESS and SPT some numbers are never read
-                p.sub_(p.grad, alpha=1e-6)
-                p.grad = None
+    torch.optim.SGD(model.parameters(), lr=1e-6).step()
+    model.zero_grad()
 
 
 @torch.inference_mode()
@@ -143,20 +138,17 @@ def timings(variants, precisions, args):
 @torch.no_grad()
 def agree(models, images):
     """What is compared computes the same: ours and the concatenation, from the same seed."""
-    for name in models:
-        if name.endswith(' concatenated'):
-            ours = models.get(name.removesuffix(' concatenated'))
-            if ours is not None:
-                torch.testing.assert_close(ours(images), models[name](images), rtol=1e-3, atol=1e-3)
+    for name, ours in models.items():
+        if concatenated := models.get(f'{name} concatenated'):
+            torch.testing.assert_close(ours(images), concatenated(images), rtol=1e-3, atol=1e-3)
 
 
 def peak_memory(variant, precision, args):
     """Peak memory of three training steps in bytes: CUDA's own counter, or a fresh process's on the CPU."""
     if args.device == 'cuda':
         return own_peak(variant, precision, args)
-    command = [sys.executable, __file__, '--only', variant, '--model', args.model, '--batch', str(args.batch),
-               '--k', str(args.k), '--precision', precision]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    with multiprocessing.get_context('spawn').Pool(1) as process:
+        return process.apply(own_peak, (variant, precision, args))
 
 
 def own_peak(variant, precision, args):
@@ -227,7 +219,6 @@ def options():
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--loop', metavar='TASK')
     parser.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help='settings of --loop')
-    parser.add_argument('--only', help=argparse.SUPPRESS)  # a fresh process that measures its own memory
     return parser.parse_args()
 
 
@@ -240,7 +231,7 @@ def variants_of(args):
 
 
 def measure(args):
-    """Print a table with a row for each variant in each format, and write the JSON file."""
+    """Print a table with a row for each variant in each format."""
     device, D = torch.device(args.device), build('plain', args).D
     formats = [train.number_format(name, device, D)[0] for name in args.precision.split(',')]
     rows = timings(['plain', *variants_of(args)], list(dict.fromkeys(formats)), args)
@@ -248,33 +239,30 @@ def measure(args):
     print(f'{args.model}, batch {args.batch}, {name}, torch {torch.__version__}, k={args.k}, medians over '
           f'{args.rounds} rounds; ratios to the plain frozen ViT in the same format | in float32')
     print('| variant, N | format | training step | ratio | | inference | ratio | | peak memory | ratio | trained '
-          '| G multiply-adds | linear alone | Table 8 |\n' + '| --- ' * 14 + '|')
-    plain, table_8 = {}, TABLE_8 if args.model.startswith('vit_base_patch16_224') else {}
+          '| G multiply-adds | linear alone |\n' + '| --- ' * 13 + '|')
+    plain = {}
     for row in rows:
         row['memory'] = peak_memory(row['variant'], row['precision'], args)
         plain.setdefault(row['precision'], row['memory'])  # it comes first
         model = build(row['variant'], args)
         row['trained'] = train.count(model)
         row['multiply_adds'], row['linear_multiply_adds'] = multiply_adds(model, args)
-        say_row(row, plain[row['precision']], table_8)
+        say_row(row, plain[row['precision']])
 
 
-def say_row(row, plain_memory, table_8):
+def say_row(row, plain_memory):
     """Print a row of the table."""
     times = [f'{row[f"{kind}_seconds"]:.3f} s | {row[kind]:.3f} ({row[f"{kind}_quartiles"][0]:.2f}-'
              f'{row[f"{kind}_quartiles"][1]:.2f}) | {row[f"{kind}_to_float32_plain"]:.3f}'
              for kind in ('training', 'inference')]
     print(f'| {row["variant"]} | {row["precision"]} | {times[0]} | {times[1]} | {row["memory"] / 2 ** 20:.0f} MiB '
           f'| {row["memory"] / plain_memory:.3f} | {row["trained"] / 1e6:.3f}M '
-          f'| {row["multiply_adds"] / 1e9:.2f} | {row["linear_multiply_adds"] / 1e9:.2f} '
-          f'| {table_8.get(row["variant"].split()[0], "")} |', flush=True)
+          f'| {row["multiply_adds"] / 1e9:.2f} | {row["linear_multiply_adds"] / 1e9:.2f} |', flush=True)
 
 
 def main():
     args = options()
-    if args.only:
-        print(own_peak(args.only, args.precision, args))
-    elif args.loop:
+    if args.loop:
         changes = dict(change.split('=', 1) for change in args.set)
         loop(args.loop, changes, args.rounds)
     else:

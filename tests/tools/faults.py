@@ -5,7 +5,8 @@
 
 A run is a nano ViT on pictures of shapes, 4 epochs of it, in a forked process. After each fault the same command is
 given again, and what it leaves must be what a run leaves that nothing happened to: every bit of the parameters, every
-loss, the accuracy. Prints a table; the status is 1 if anything was lost.
+loss, the accuracy. On the full disk no file can grow beyond a limit. Prints a table; the status is 1 if anything was
+lost.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import resource
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -162,51 +162,31 @@ def flip(content, dice):
     return content[:i] + bytes([content[i] ^ dice.randrange(1, 256)]) + content[i + 1:]
 
 
-def damage(runs, source, name, change, dice):
-    """A copy of a run with one damaged file."""
+def damage(runs, source, name, change, dice, whole):
+    """A copy of a run with one damaged file. Returns what was lost."""
     shutil.copytree(source, runs)
     Path(f'{runs}.out').write_text('')
     file = folder_of(runs) / name
     file.write_bytes(change(file.read_bytes(), dice))
+    return lost_after(runs, whole)
 
 
-@contextlib.contextmanager
-def small_disk(folder, size):
-    """A file system of its own in a folder, where this machine allows it: yields whether it does."""
-    mount = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'none', str(folder)]
-    mounted = shutil.which('mount') and not subprocess.run(mount, capture_output=True).returncode
-    try:
-        yield bool(mounted)
-    finally:
-        if mounted:
-            subprocess.run(['umount', str(folder)], check=True)
+def full_disk(runs, dice, whole):
+    """A disk that becomes full at some write, and then has room again. Returns what was lost."""
+    limit = dice.choice([3000, 10_000, 50_000])
+
+    def before():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    status, err = ended(child(runs, before)), said(runs, 'err')
+    if status != 2 or err.count('\n') != 1 or 'cannot be written' not in err or 'Make room' not in err:
+        return f'status {status}: {err[-300:]}'
+    if bad := broken(runs) or [path.name for path in runs.rglob('*.part')]:
+        return f'not whole on the full disk: {bad}'
+    return lost_after(runs, whole)
 
 
-def full_disk(folder, dice, whole, mounting=True):
-    """A disk that becomes full at some write, and then has room again. Returns the means, and what was lost."""
-    size, runs = 2 ** 20, folder / 'runs'
-    folder.mkdir()
-    with small_disk(folder, size) if mounting else contextlib.nullcontext(False) as mounted:
-        means, limit = 'a tmpfs of 1 MB' if mounted else 'RLIMIT_FSIZE', dice.choice([3000, 10_000, 50_000])
-        if mounted:
-            (folder / 'ballast').write_bytes(bytes(size - dice.randrange(1, 110) * 1024))  # a run needs about 120 kB
-        for stream in ('out', 'err'):  # what it says has to go elsewhere
-            Path(f'{runs}.{stream}').symlink_to(folder.parent / f'{folder.name}.{stream}')
-
-        def before():
-            if not mounted:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        status, err = ended(child(runs, before)), said(runs, 'err')
-        if status != 2 or err.count('\n') != 1 or 'cannot be written' not in err or 'Make room' not in err:
-            return means, f'status {status}: {err[-300:]}'
-        if bad := broken(runs) or [path.name for path in runs.rglob('*.part')]:
-            return means, f'not whole on the full disk: {bad}'
-        (folder / 'ballast').unlink(missing_ok=True)
-        return means, lost_after(runs, whole)
-
-
-def faults(folder, kills, damages, disks, seed, mounting=True):
+def faults(folder, kills, damages, disks, seed):
     """Try them all in a folder. Returns {fault: [what was lost of each try]}, '' for nothing."""
     dice, table = random.Random(seed), collections.defaultdict(list)
     start, whole, stopped = time.perf_counter(), folder / 'whole', folder / 'stopped'
@@ -220,12 +200,11 @@ def faults(folder, kills, damages, disks, seed, mounting=True):
                          ('result.json', cut)):  # nobody checks the digits of a result
         for i in range(damages if name == 'checkpoint.pth' else -(-damages // 5)):
             runs = folder / f'{name}.{change.__name__}{i}'
-            damage(runs, stopped if name == 'checkpoint.pth' else whole, name, change, dice)
-            table[f'{name}: {change.__name__}'].append(lost_after(runs, whole))
+            source = stopped if name == 'checkpoint.pth' else whole
+            table[f'{name}: {change.__name__}'].append(damage(runs, source, name, change, dice, whole))
             shutil.rmtree(runs)
     for i in range(disks):
-        means, lost = full_disk(folder / f'disk{i}', dice, whole, mounting)
-        table[f'full disk ({means})'].append(lost)
+        table['full disk'].append(full_disk(folder / f'disk{i}', dice, whole))
     return table
 
 
