@@ -1,6 +1,7 @@
 """What the user got wrong is one line: `error: what, where, and what to do`, and exit status 2."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -11,12 +12,8 @@ import data
 import train
 
 SMALL = dict(img_size=16, k=2, n_train=24, n_val=8, n_test=8)  # two steps an epoch
-
-
-@pytest.fixture
-def pets(tmp_path, refused):
-    """The same for Pets in the test's folder, with a nano ViT."""
-    return lambda: refused('--task', 'pets', '--model', NANO, '--data', str(tmp_path))
+PETS = '--task', 'pets', '--model', NANO, '--data'  # and a folder
+WORDS = {name: get_args(kind)[1:] for name, kind in train.TYPES.items() if get_args(kind)[:1] == (str,)}
 
 
 def each(table):
@@ -36,10 +33,7 @@ def each(table):
     'seed is a whole number from 0 to 4293, not': [f'--seed {x}' for x in ('one', '1:30', '0,,1', '-1', '4294')],
     'unrecognized arguments: --': ['--seeds 0,1', '--report', '--epochs 3'],
     '--lr 0.5; a setting is changed by --set NAME=VALUE': ['--lr 0.5'],
-    '--set seed=3: write --seed 3': ['--set seed=3'],
-    '--set task=pets: write --task pets': ['--set task=pets'],
-    '--set method=vpt: write --method vpt': ['--set method=vpt'],
-    '--set model=vit: write --model vit': ['--set model=vit'],
+    **{f'--set {name}=x: write --{name} x': [f'--set {name}=x'] for name in ('seed', 'task', 'method', 'model')},
     'no/such: there is no such folder of data sets': ['--data no/such'],
     'no/such.pth: there is no such file': ['--weights no/such.pth'],
     'argument --set: expected': ['--set'],
@@ -65,19 +59,10 @@ def test_a_wrong_command_line_is_refused_with_the_nearest_known_name(said, argv,
     'mean is three numbers from -1e+06 to 1e+06, not': [
         'mean=0.5', 'mean=[0.5, 0.5]', 'mean=[a, b, c]', 'mean=[true, 0.5, 0.5]'],
     'std is three numbers from 1e-06 to 1e+06, not': ['std=[1, 1, .nan]', 'std=[0, 0.5, 0.5]'],
-    'device gpu cannot be used': ['device=gpu'],
-    'device cuda:9 cannot be used': ['device=cuda:9'],
-    '--set device=cpu always can': ['device=xpu:7'],
-    'precision is one of auto, float32, bfloat16, float16': ['precision=bf16'],
-    'structure is one of vpt, vanilla_cdc, cdc': ['structure=cdcc'],
-    'reinforcement is one of topk, all, none': ['reinforcement=most'],
-    'optimizer is one of SGD, AdamW': ['optimizer=Adam'],
-    'schedule is one of cosine, poly': ['schedule=steps'],
-    'source is one of vtab, fgvc, folder, FILE.py:NAME': ['source=cifar', 'source=mine.txt:greys', 'source='],
-    'readout is one of cls, mean': ['readout=max'],
-    'tune is one of prompts, bias, head, all': ['tune=some'],
-    "build is one of FILE.py:NAME, not 'swin'": ['build=swin'],
-    'score_on is one of test, val': ['score_on=train'],
+    '--set device=cpu always can': ['device=gpu', 'device=cuda:9', 'device=xpu:7'],
+    'source is one of vtab, fgvc, folder, FILE.py:NAME': ['source=mine.txt:greys', 'source='],
+    **{f"{name} is one of {', '.join(filter(None, words))}, not 'swin'": [f'{name}=swin']
+       for name, words in WORDS.items()},
     'augment=flip: for where_blue it is crop_flip or none': ['augment=flip'],
     '0 to M=36 of the image tokens, not k=37': ['k=37'],
     'an image of 4 pixels is no whole number of patches of 8': ['img_size=4'],
@@ -94,20 +79,20 @@ def test_a_backbone_of_random_weights_has_to_be_asked_for(refused):
     assert said in refused('--method', 'vpt', '--model', 'vit_tiny_patch16_48', weights='')
 
 
-def test_an_annotation_file_that_is_cut_empty_or_out_of_range_is_refused(tmp_path, pets):
+def test_an_annotation_file_that_is_cut_empty_or_out_of_range_is_refused(tmp_path, refused):
     file = oxford(tmp_path, trainval=6, test=3) / 'annotations' / 'trainval.txt'
     whole = file.read_text()
     for text, said in ((whole[:-5], 'annotations'), ('', 'no image in OxfordIIITPet'),
                        *((whole.replace(' 2 1 1', f' {c} 1 1', 1), f'of class {c - 1} in OxfordIIITPet')
                          for c in (0, 38, 99))):
         file.write_text(text)
-        assert said in pets()
+        assert said in refused(*PETS, str(tmp_path))
 
 
-def test_a_picture_that_a_list_or_torchvision_names_and_that_is_missing_is_refused_by_name(tmp_path, pets):
+def test_a_picture_that_a_list_or_torchvision_names_and_that_is_missing_is_refused_by_name(tmp_path, refused):
     for make, name in (oxford, 'breed_2_1.jpg'), (vtab, 'test/000003.jpg'):
         (missing := make(tmp_path) / 'images' / name).unlink()
-        assert f'{missing}: no such image (and 0 more of ' in pets()
+        assert f'{missing}: no such image (and 0 more of ' in refused(*PETS, str(tmp_path))
     assert not (tmp_path / 'runs').exists()
 
 
@@ -115,7 +100,7 @@ def test_a_broken_test_picture_leaves_the_result_that_again_was_to_replace(tmp_p
     def left():
         return sorted(path.read_bytes() for path in (tmp_path / 'runs').rglob('*') if path.is_file())
     changes, folder = dict(epochs=1, img_size=24, k=2), vtab(tmp_path)
-    argv = '--task', 'pets', '--model', NANO, '--again', '--data', str(tmp_path)
+    argv = '--again', *PETS, str(tmp_path)
     assert run(tmp_path / 'runs', *argv, **changes) == 0
     before = left()
     (broken := folder / 'images/test/000002.jpg').write_bytes(b'<html>moved</html>')

@@ -59,10 +59,11 @@ def list_of(settings, num_classes):
 
 @pytest.fixture(autouse=True)
 def file(tmp_path, monkeypatch):
-    """Files of a user's own, in the working folder."""
+    """Files of a user's own, in the working folder. Returns the one with a task."""
     monkeypatch.chdir(tmp_path)
-    for name, code in (('mine', GREYS), ('backbone', BACKBONE)):
-        (tmp_path / f'{name}.py').write_text(code)
+    (tmp_path / 'backbone.py').write_text(BACKBONE)
+    (tmp_path / 'method.py').write_text(METHODS)
+    (tmp_path / 'mine.py').write_text(GREYS)
     return tmp_path / 'mine.py'
 
 
@@ -110,7 +111,7 @@ def test_what_it_returns_is_trained_on_and_tested_on_under_its_name(tmp_path, ca
     ("greys(settings).train", 'it returned a list, and not a data.Task'),
     ('replace(greys(settings), train=iter(()))', 'returned a Task, and not a data.Task of lists or data.Files'),
     ('greys(settings, dtype=torch.float32)', 'is torch.float32 [3, 16, 16], not a tensor, uint8 [3, H, W] from 16'),
-    ('greys(settings, 15)', 'an image is torch.uint8 [3, 15, 15], not a tensor'),
+    ('greys(settings, size=15)', 'an image is torch.uint8 [3, 15, 15], not a tensor'),
     ('greys(settings, channels=1)', 'an image is torch.uint8 [1, 16, 16], not a tensor'),
     ('replace(greys(settings), val=[(x.numpy(), c) for x, c in greys(settings).val])', 'an image is uint8 [3, 16, 16]'),
     ("replace(greys(settings), test=[('a.jpg', 0)])", "an image is 'a.jpg', not a tensor"),
@@ -154,16 +155,13 @@ def test_a_file_that_is_not_in_the_working_folder_is_looked_for_beside_data_py(t
 
 
 def test_what_the_code_of_a_task_or_a_method_raises_is_one_line_with_its_place_and_the_next_has_its_turn(
-        tmp_path, capfd):
+        file, tmp_path, capfd):
     """In a forward pass while it trains, in a score, in what a picture becomes: there it is found before training."""
-    (tmp_path / 'method.py').write_text(METHODS)
-    greys = GREYS.replace('WHAT', 'replace(greys(settings), score=wrong)')
-    greys += '\n\ndef wrong(rows):\n    return rows[0][0]\n'
-    (tmp_path / 'mine.py').write_text(greys)
+    file.write_text(GREYS.replace('WHAT', 'replace(greys(settings), score=lambda rows: rows[0][0])'))
     methods = 'method.py:Fails,method.py:Flat,linear'
     argv = '--task', 'mine.py:greys,mine.py:task', '--method', methods, '--model', NANO
     assert run(tmp_path / 'runs', *argv, **SMALL) == 2
-    line = greys.splitlines().index('    return rows[0][0]') + 1
+    line = len(file.read_text().splitlines())
     assert capfd.readouterr().err.splitlines() == [
         'error: method.py, line 7: ZeroDivisionError: division by zero',
         'error: method.py:Flat: its logits of 1 image are [1], and not [1, 2]',
