@@ -1,6 +1,8 @@
-"""A method that is a function in a file: Table 1's other systems, and a researcher's own."""
+"""A method that is a function in a file: Table 1's other systems, and a researcher's own.
 
-import re
+That the README's example of one runs is in test_own_data.py.
+"""
+
 import shutil
 from functools import cache
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import report
 import torch
 from common import one_line, opened, stop_after_an_epoch
-from pictures import CONFIGS, folders_of, run, tiny
+from pictures import CONFIGS, run, tiny
 
 import data
 import train
@@ -27,17 +29,6 @@ TABLE_1 = {name: entry for name, entry in CONFIGS['methods'].items() if 'table_1
 def file(tmp_path):
     """own.py in a place where it can be changed."""
     return Path(shutil.copy(own.__file__, tmp_path / 'mine.py'))
-
-
-def test_the_example_of_the_readme_runs_as_it_stands_there(tmp_path, monkeypatch, capsys):
-    readme = (train.HERE / 'README.md').read_text(encoding='utf-8')
-    section = readme[readme.index('`my_method.py`'):]
-    (tmp_path / 'my_method.py').write_text(re.search(r'```python\n(.*?)```', section, re.DOTALL)[1])
-    command = re.search(r'^python train.py (.*my_method.*)$', section, re.MULTILINE)[1].split()
-    monkeypatch.chdir(tmp_path)
-    assert len((tmp_path / 'my_method.py').read_text().splitlines()) <= 20
-    assert run(tmp_path / 'runs', *command, **SMALL) == 0
-    assert 'trained' in capsys.readouterr().out and len(folders_of(tmp_path / 'runs')) == 2
 
 
 def test_what_a_method_of_a_file_trains_and_its_buffers_are_saved_and_loaded_by_its_code_alone(file, tmp_path, capfd):

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import report
 import train
-import vit
 
 PUBLISHED = report.read_published()
 PAPER = PUBLISHED['accuracies']['vit_base_patch16_224.orig_in21k']
@@ -38,17 +37,9 @@ VTAB, FGVC = tasks_of('vtab'), tasks_of('fgvc')  # Tables 1 and 9, ViT-B/16
 def build(method, N=10, k=10, classes=37):
     """What train.py makes of a method."""
     settings = train.settings_of(CONFIGS, 'pets', BASE, method, {'weights': 'random', 'N': N, 'k': k})
+    whole = settings.loop.tune in ('all', 'bias', 'head')
     with torch.device('meta'):
-        if settings.loop.tune == 'prompts':
-            return train.tuned(frozen(), classes, settings)
-        whole = settings.loop.tune in ('all', 'bias', 'head')
         return train.tuned(train.make_backbone(settings, classes if whole else 0), classes, settings)
-
-
-@cache
-def frozen():
-    """The backbone without a head, one for all prompts: they leave it as it is."""
-    return vit.build(BASE)
 
 
 def millions(method, N, k, classes, part=''):

@@ -1,4 +1,4 @@
-"""A task, with classes or with anything else, and a backbone that are functions in a file."""
+"""A task, with classes or with anything else, and a backbone that are functions in a file; the README's examples."""
 
 import json
 import re
@@ -83,15 +83,18 @@ def result_of(runs):
     return json.loads((folder / 'result.json').read_text())
 
 
-def test_the_example_of_the_readme_runs_as_it_stands_there(tmp_path, capsys):
-    section = README[README.index('`my_data.py`'):]
+@pytest.mark.parametrize('name, most, runs, said', [
+    ('my_data.py', 9, 1, '600 + 200 images for training and validation, 200 for testing, 4 classes'),
+    ('my_method.py', 20, 2, '(b [64], head.weight [9, 64], head.bias [9])')])
+def test_the_examples_of_the_readme_run_as_they_stand_there(name, most, runs, said, tmp_path, capsys):
+    """A task, and a method beside VPT, in so many lines at most."""
+    section = README[README.index(f'`{name}`'):]
     code = re.search(r'```python\n(.*?)```', section, re.DOTALL)[1]
-    command = re.search(r'^python train.py (.*my_data.py.*)$', section, re.MULTILINE)[1].split()
-    (tmp_path / 'my_data.py').write_text(code)
-    assert len(code.strip().splitlines()) <= 9
+    command = re.search(rf'^python train.py (.*{name}.*)$', section, re.MULTILINE)[1].split()
+    (tmp_path / name).write_text(code)
+    assert len(code.splitlines()) <= most
     assert run(tmp_path / 'runs', *command, **SMALL, batch=64) == 0
-    assert '600 + 200 images for training and validation, 200 for testing, 4 classes' in capsys.readouterr().out
-    assert result_of(tmp_path / 'runs')['classes'] == ['black', 'dark', 'light', 'white']
+    assert said in capsys.readouterr().out and len(folders_of(tmp_path / 'runs')) == runs
 
 
 def test_what_it_returns_is_trained_on_and_tested_on_under_its_name(tmp_path, capsys):

@@ -14,13 +14,12 @@ import pytest
 import torch
 from checkpoints import DIALECTS, SUFFIXES, same, safetensors, save, state_of, tiny
 from checkpoints import refusal as refused
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import vit
 from vit import InputError
 
-fewer = settings(max_examples=settings.default.max_examples // 3)  # where a test is several
 every_format = pytest.mark.parametrize('suffix', SUFFIXES)
 FIRST = 'blocks.0.attn.qkv.weight'
 MODEL, MEAN = tiny(), tiny(readout='mean')
@@ -189,11 +188,9 @@ def test_a_safetensors_header_that_lies_is_refused(content, folder):
     refusal(written(folder / 'lie.safetensors', content))
 
 
-@given(order=st.permutations(list(TRUTH)))
-@fewer
-def test_a_safetensors_header_may_name_its_tensors_in_any_order(order, folder):
+def test_a_safetensors_header_may_name_its_tensors_in_any_order(folder):
     """Its own library writes them by type and name; JSON's order means nothing."""
-    content = safetensors(TRUTH, lambda header: {name: header[name] for name in order})
+    content = safetensors(TRUTH, lambda header: {name: header[name] for name in sorted(header)})
     assert right_or_refused(written(folder / 'order.safetensors', content))
 
 
@@ -314,7 +311,6 @@ def test_what_is_computed_on_the_way_cannot_grow_far_beyond_the_file(dialect, na
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-@fewer
 @given(name=st.text(min_size=1), shape=st.lists(st.integers(1, 2), max_size=3))
 def test_a_name_from_a_file_cannot_write_to_the_terminal(suffix, name, shape, folder):
     """Neither a second line nor an escape sequence, in a refusal or in the line that says what is left."""
