@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from PIL import Image, features
-from pictures import CONFIGS, NANO, grey, labels_of, refusal, save, tiny, vtab, write
+from PIL import features
+from pictures import CONFIGS, NANO, labels_of, refusal, save, tiny, vtab, write
 from pictures import no_network  # noqa: F401
 
 import data
@@ -52,8 +52,10 @@ def test_each_of_the_19_tasks_is_read_from_its_lists(task, itself, tmp_path):
     assert next(data.batches(found.train, settings, CPU, 0))[0].shape == (4, 3, 48, 48)
 
 
-def test_a_task_that_cannot_be_downloaded_says_which_folder_should_hold_what(tmp_path):
+def test_a_task_without_its_folder_that_cannot_be_downloaded_says_which_folder_should_hold_what(tmp_path):
     """And nothing is downloaded in between the official lists."""
+    said = refusal('dogs', tmp_path)
+    assert str(tmp_path / 'fgvc' / 'dogs' / 'Images') in said and 'train.json, val.json and test.json' in said
     folder = vtab(tmp_path / 'lists').parent
     for task in tasks_of('vtab'):
         if 'instead' not in TASKS[task]:
@@ -72,10 +74,10 @@ def test_groups_are_the_19_and_the_5_tasks_each_once():
 IDS = [3, 5, 20, 100]  # of classes in a list: any numbers
 
 
-def lists(root, task, train=None, val=None, test=None):
-    """A small data set with VPT's lists. Returns its folder."""
+def lists(root, task, train=('100', 20, '005', 3), val=IDS[:2], test=IDS[1:]):
+    """A small data set with VPT's lists, in which classes may be in quotes. Returns its folder."""
     folder = root / 'fgvc' / TASKS[task]['dir']
-    for name, ids in (('train', train or IDS[::-1]), ('val', val or IDS[:2]), ('test', test or IDS[1:])):
+    for name, ids in (('train', train), ('val', val), ('test', test)):
         named = {f'some class/{name} {i}.jpg': c for i, c in enumerate(ids)}
         write(folder / f'{name}.json', json.dumps(named).encode())
         for file, c in named.items():
@@ -85,7 +87,7 @@ def lists(root, task, train=None, val=None, test=None):
 
 @pytest.mark.parametrize('task, under', [
     ('cub', 'images'), ('nabirds', 'images'), ('flowers', ''), ('dogs', 'Images'), ('cars', '')])
-def test_each_of_the_5_tasks_is_read_from_vpts_lists(task, under, tmp_path):
+def test_each_of_the_5_tasks_is_read_from_vpts_lists_whose_classes_may_be_in_quotes(task, under, tmp_path):
     folder = lists(tmp_path, task)
     settings, found = load(task, tmp_path)
     how = settings.pictures
@@ -96,16 +98,6 @@ def test_each_of_the_5_tasks_is_read_from_vpts_lists(task, under, tmp_path):
         f"VPT's lists in {folder}", f'4 images to train on, and not {how.n_train}',
         f'2 images to validate on, and not {how.n_val}', f'3 images to test on, and not {how.n_test}',
         f'{how.classes - 4} of {how.classes} classes have no training image']
-
-
-def test_classes_may_be_numbers_in_quotes(tmp_path):
-    lists(tmp_path, 'cub', train=['003', '20'], val=['20'], test=[3])
-    assert load('cub', tmp_path)[1].classes == ['3', '20']
-
-
-def test_missing_lists_say_which_folder_should_hold_what(tmp_path):
-    said = refusal('dogs', tmp_path)
-    assert str(tmp_path / 'fgvc' / 'dogs' / 'Images') in said and 'train.json, val.json and test.json' in said
 
 
 def test_classes_that_are_not_trained_on_or_more_than_the_papers_are_refused(tmp_path):
@@ -267,7 +259,7 @@ def test_files_that_are_no_images_by_their_names_are_counted_and_noted(tmp_path)
 @pytest.mark.parametrize('suffix', ['.JFIF', *['.avif'] * features.check('avif')])
 def test_images_that_pillow_reads_and_torchvision_does_not_name_are_taken(suffix, tmp_path):
     own(tmp_path, train={'cat': 1}, val={'cat': 1}, test={'cat': 1})
-    Image.fromarray(grey(0)).save(tmp_path / 'train' / 'cat' / f'more{suffix}')
+    save(tmp_path / 'train' / 'cat' / f'more{suffix}', 0)
     assert labels_in(tmp_path) == ([f'images in {tmp_path}'], ['cat'], [[0, 0], [0], [0]])
 
 

@@ -137,8 +137,7 @@ def test_the_class_token_has_position_0_where_the_file_has_none(tmp_path):
 
 
 AROUND = [  # what people save around a state dict, and what the line says of it
-    (lambda s: prefixed(s, '_orig_mod.'), '_orig_mod; left is nothing'),  # torch.compile
-    (lambda s: prefixed(s, 'module._orig_mod.'), 'module._orig_mod; left is nothing'),  # and DataParallel
+    (lambda s: prefixed(s, 'module._orig_mod.'), 'module._orig_mod; left is nothing'),  # DataParallel, torch.compile
     (lambda s: {'model': s}, 'model; left is nothing'),  # DeiT III
     (lambda s: {'model': s, 'epoch': 3, 'args': {'lr': 0.1}, 'scaler': {}},
      'model; left is args, epoch, scaler'),  # MAE

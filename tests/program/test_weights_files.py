@@ -260,24 +260,22 @@ def test_a_zip_file_that_unpacks_to_far_more_than_it_is_is_refused(folder):
         assert 'unpacks to far more' in refusal(folder / name)
 
 
-def bomb(levels, width, key='k'):
-    """A dict in dicts, `width` times in each level."""
+def bomb(levels, key):
+    """A dict in dicts, twice in each level."""
     tree = dict(TRUTH)
     for _ in range(levels):
-        tree = {f'{key}{i}': tree for i in range(width)}
+        tree = {f'{key}1': tree, f'{key}2': tree}
     return tree
 
 
-def endless():
-    tree = dict(TRUTH)
-    tree['again'] = {'more': tree}
-    return tree
+IN_ITSELF = dict(TRUTH)
+IN_ITSELF['again'] = {'more': IN_ITSELF}
 
 
-@pytest.mark.parametrize('content', [bomb(40, 2), bomb(3, 1000), bomb(9, 1, 'k' * 10 ** 6), endless()],
-                         ids=['doubled', 'wide', 'long names', 'in itself'])
+@pytest.mark.parametrize('content', [bomb(40, 'k'), bomb(9, 'k' * 10 ** 6), IN_ITSELF],
+                         ids=['doubled', 'long names', 'in itself'])
 def test_dicts_in_dicts_take_no_more_time_and_memory_than_the_file(content, folder):
-    """10^12 names, or a million characters in each of them."""
+    """10^12 names, or a million characters in each of them, or names without end."""
     try:
         vit.load_weights(tiny(), save(folder / 'dicts.pth', content))
     except InputError as error:

@@ -222,19 +222,14 @@ def options():
     return parser.parse_args()
 
 
-def variants_of(args):
-    """The names of what is measured beside the plain ViT."""
-    if args.variants:
-        return args.variants.split(',')
-    kinds = 'VPT {} concatenated', 'iVPT {} concatenated', 'VPT {}', 'CDC {}', 'iVPT {}'
-    return [kind.format(N) for N in args.prompts.split(',') for kind in kinds]
-
-
 def measure(args):
     """Print a table with a row for each variant in each format."""
+    kinds = 'VPT {} concatenated', 'iVPT {} concatenated', 'VPT {}', 'CDC {}', 'iVPT {}'
+    usual = [kind.format(N) for N in args.prompts.split(',') for kind in kinds]
+    variants = args.variants.split(',') if args.variants else usual
     device, D = torch.device(args.device), build('plain', args).D
     formats = [train.number_format(name, device, D)[0] for name in args.precision.split(',')]
-    rows = timings(['plain', *variants_of(args)], list(dict.fromkeys(formats)), args)
+    rows = timings(['plain', *variants], list(dict.fromkeys(formats)), args)
     name = torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
     print(f'{args.model}, batch {args.batch}, {name}, torch {torch.__version__}, k={args.k}, medians over '
           f'{args.rounds} rounds; ratios to the plain frozen ViT in the same format | in float32')
