@@ -1,6 +1,6 @@
 """A method that is a function in a file: Table 1's other systems, and a researcher's own.
 
-That the README's example of one runs is in test_own_data.py.
+That the README's example of one runs, and what is said of a wrong one, is in test_own_data.py.
 """
 
 import shutil
@@ -60,17 +60,6 @@ def test_settings_of_a_method_of_a_file_stand_in_its_entry_and_can_be_set(file):
                                  ('vpt', {}, "methods: vpt: unknown setting 'size'")):
         with pytest.raises(InputError, match=said):
             train.settings_of(configs, 'where_blue', None, method, change)
-
-
-@pytest.mark.parametrize('name, said', [
-    ('missing.py:shift', 'there is no such file'), ('mine.py:shifts', 'the file has no function by this name'),
-    ('mine.py:nothing', 'it returned a int, and not a module'), ('mine.py:broken', "no attribute 'no_such_part'"),
-    ('wrong.py:shift', 'wrong.py, line 1')])
-def test_a_file_that_is_missing_or_raises_or_returns_something_else_is_one_line(name, said, file, tmp_path, capfd):
-    (tmp_path / 'wrong.py').write_text('def shift(:')
-    assert run(tmp_path / 'runs', '--method', f'{tmp_path}/{name}', **SMALL) == 2
-    err = one_line(capfd)
-    assert said in err and name.partition(':')[0] in err
 
 
 @pytest.mark.parametrize('method, decayed', [

@@ -23,7 +23,6 @@ from pictures import NANO, no_network, oxford, run, save_picture, tiny, vtab  # 
 
 import data
 import train
-import vit
 
 HOW = dict(epochs=4, img_size=16, n_train=24, n_val=8, n_test=8)  # two steps an epoch
 
@@ -183,7 +182,8 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize('group, name', [*(('machine', x.name) for x in fields(train.Machine)), ('loop', 'precision')])
 def test_what_is_finished_is_not_run_again_and_what_changes_no_number_may_change_or_be_missing(
         group, name, finished, capsys):
-    """Of the precision it counts what it computes in: `auto` is another format on another device."""
+    """As the path of the weights. Of the precision it counts what it computes in: `auto` is another format on another
+    device."""
     assert finished(group, name, 'another') and finished(group, name, None)
     assert capsys.readouterr().out.count('finished before') == 2
 
@@ -202,6 +202,7 @@ def test_any_other_setting_is_refused_when_it_changes_and_when_only_one_of_two_r
 @pytest.mark.parametrize('group, name', [
     ('identity', 'precision'), ('identity', 'backbone'), ('identity', 'train sizes'), ('loop', 'a setting of old')])
 def test_a_run_that_was_made_of_something_else_is_refused(group, name, finished):
+    """That other weights are another backbone is in test_weights.py."""
     with pytest.raises(train.InputError, match=rf"\b{name} 'another' -> .*--again"):
         finished(group, name, 'another')
 
@@ -221,21 +222,6 @@ def test_a_run_goes_on_where_its_pictures_were_moved_to_and_not_on_others(tmp_pa
     pets('moved', 2, "test sizes '")
     vtab(tmp_path / 'moved')
     pets('moved', 2, "test names '")
-
-
-def test_a_run_is_not_taken_up_again_on_another_backbone_but_on_the_same_by_another_path(tmp_path, capfd):
-    def vpt(name):
-        how = dict(epochs=1, n_train=8, n_val=2, n_test=4)
-        status = run(tmp_path / 'runs', '--method', 'vpt', weights=tmp_path / name, **how)
-        return status, *capfd.readouterr()
-    torch.save(vit.build(NANO).state_dict(), tmp_path / 'a.pth')
-    assert vpt('a.pth')[0] == 0
-    (tmp_path / 'a.pth').rename(tmp_path / 'b.pth')
-    torch.save(vit.build(NANO).state_dict(), tmp_path / 'a.pth')  # other random numbers
-    status, _, err = vpt('a.pth')
-    assert status == 2 and err.count('\n') == 1 and 'backbone' in err and '->' in err
-    status, out, _ = vpt('b.pth')
-    assert status == 0 and 'finished before' in out
 
 
 def test_the_code_of_a_task_a_method_and_a_backbone_in_a_file_is_a_part_of_the_run(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 
+import own
 import pytest
 import torch
 from pictures import CONFIGS, NANO, folders_of, refused, run, tiny  # noqa: F401
@@ -71,8 +72,9 @@ def file(tmp_path, monkeypatch):
 def refusal(tmp_path, refused):
     """What is said of a command line that is refused: one line, and no folder of a run is made."""
     def said(*argv, **changes):
-        model = () if '--model' in argv else ('--model', NANO)
-        line = refused('--method', 'linear', *model, *argv, **SMALL | changes)
+        usual = {'--method': 'linear', '--model': NANO}
+        more = [word for option in usual.keys() - argv for word in (option, usual[option])]
+        line = refused(*more, *argv, **SMALL | changes)
         assert not list(tmp_path.rglob('runs/*'))
         return line
     return said
@@ -182,9 +184,21 @@ def test_a_backbone_of_a_users_own_is_tuned_as_any_other(method, tmp_path):
     assert result['trained_parameters'] == 2 * 13 + (prompts if method == 'ivpt' else 0)
 
 
+@pytest.mark.parametrize('option', ['--task', '--method', '--model'])
+def test_a_file_that_is_missing_or_wrong_or_has_no_such_function_is_one_line(option, tmp_path, refusal):
+    (tmp_path / 'wrong.py').write_text('def f(:')
+    assert 'missing.py:f: there is no such file' in refusal(option, 'missing.py:f')
+    assert 'wrong.py, line 1' in refusal(option, 'wrong.py:f')
+    assert 'mine.py:f: the file has no function by this name' in refusal(option, 'mine.py:f')
+
+
+def test_a_method_in_a_file_that_is_no_module_or_raises_is_one_line(refusal):
+    assert ':nothing: it returned a int, and not a module' in refusal('--method', f'{own.__file__}:nothing')
+    assert "no attribute 'no_such_part'" in refusal('--method', f'{own.__file__}:broken')
+
+
 def test_a_backbone_in_a_file_that_is_no_module_has_no_size_or_no_weights_is_one_line(refusal):
-    assert 'backbone.py:list_of: it returned a list, and not a module' in refusal(
-        '--model', 'backbone.py:list_of')
+    assert 'backbone.py:list_of: it returned a list, and not a module' in refusal('--model', 'backbone.py:list_of')
     assert 'backbone.py:two_layers: its name has no image size: --set img_size=PIXELS' in refusal(
         '--model', 'backbone.py:two_layers', img_size=0)
     assert 'backbone.py:two_layers has no weights of its own' in refusal(

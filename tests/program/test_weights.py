@@ -45,6 +45,7 @@ def test_a_head_that_fits_is_taken_if_it_is_wanted_and_one_line_says_what_was_do
 
 def test_a_head_of_the_file_has_no_part_in_what_a_run_begins_with_nor_in_its_identity_whatever_the_method(
         tmp_path, caplog):
+    """Other weights of the backbone give another identity."""
     state, backbones = vit.build(NANO).state_dict(), set()
     for method in 'linear', 'bias', 'full', 'vpt', 'ivpt':
         heads = []
@@ -56,6 +57,8 @@ def test_a_head_of_the_file_has_no_part_in_what_a_run_begins_with_nor_in_its_ide
             backbones.add(identity['backbone'])
         assert same(heads[0], heads[1]) and same(heads[0], heads[2]) and heads[0]['weight'].abs().max() < 0.1
     assert len(backbones) == 1 and not caplog.records
+    file = save(tmp_path / 'a.pth', state | {'norm.bias': torch.full((64,), 0.001)})
+    assert train.make_model(tiny_run(weights=str(file)), task_of(n=3))[1]['backbone'] not in backbones
 
 
 def test_missing_left_over_and_wrong_parameters_are_named_in_one_line_but_not_all_of_them(tmp_path):
