@@ -62,128 +62,116 @@ PARTS = [  # heading, exercises, questions
         Exercise('Eq. 2 and 3: prompts as keys and values', 'vit.py', ('Attention.forward',), LAYER),
         Exercise('The class token alone in the last layer', 'vit.py', ('ViT.last',), LAYER),
     ], [
-        Question(
-            'What do prompts cost as tokens of the sequence, and what as keys and values?', '5 minutes',
-            'how the ratios grow with N, "concatenated" and not. Which outputs of a layer are thrown away?',
-            'python tests/tools/bench.py --model vit_nano_patch8_48 --batch 32 --k 4 --prompts 10,50,200 --rounds 20'),
-        Question(
-            'Let the head read the mean of the image tokens. What does it cost, and is the accuracy better?',
-            '2 minutes',
-            'images/s in the lines of the epochs. With the mean the last layer has to update all image tokens.',
-            'python train.py --method ivpt',
-            'python train.py --method ivpt --set readout=mean'),
+        Question('What do prompts cost as tokens of the sequence, and what as keys and values?', '5 minutes',
+                 'how the ratios grow with N, "concatenated" and not. Which outputs of a layer are thrown away?',
+                 'python tests/tools/bench.py --model vit_nano_patch8_48 --batch 32 --k 4 '
+                 '--prompts 10,50,200 --rounds 20'),
+        Question('Let the head read the mean of the image tokens. What does it cost, and is the accuracy better?',
+                 '2 minutes',
+                 'images/s in the lines of the epochs. With the mean the last layer has to update all image tokens.',
+                 'python train.py --method ivpt',
+                 'python train.py --method ivpt --set readout=mean'),
     ]),
     ('3.3 Cross-layer dynamic connection', [
         Exercise('Eq. 4: CDC', 'ivpt.py', ('cdc',), STRUCTURES),
         Exercise('Eq. 5 and 6: dynamic aggregation', 'ivpt.py', ('cdc_da', 'psi'), STRUCTURES),
     ], [
-        Question(
-            'Which learning rate does each structure want? Choose it on the validation pictures.', '5 minutes',
-            'the best of the three rates for each structure. The largest eigenvalue of A Aᵀ (exercise 8) predicts an '
-            'order. The standard error on 200 pictures is 2 to 3 points.',
-            'python tests/experiments/sweep.py --method vpt,vanilla_cdc,cdc --over lr=0.025,0.1,0.4 '
-            '--set score_on=val'),
-        Question(
-            'How far is γ from the identity after training, and in which layers?', '2 minutes',
-            'the layer with the largest distance. The identity itself has the norm √10 = 3.16, so a distance of 3 is '
-            'large.',
-            'python train.py --method cdc_da',
-            'python -c "import torch; P = torch.load(\'runs/where_red/vit_nano_patch8_48/cdc_da/seed0/params.pth\'); '
-            'print(*(f\'into layer {l}: {x:.2f}\' for l, x in '
-            'enumerate((P[\'gamma\'] - torch.eye(10)).norm(dim=(1, 2)).tolist(), start=1)), sep=\'\\n\')"'),
-        Question(
-            'With one prompt a layer, γ^l is one number. Is DA still of use?', '3 minutes',
-            'the three accuracies. One seed differs from the next by 1 or 2 points: a smaller difference says nothing.',
-            'python train.py --method vpt,cdc,cdc_da --set N=1'),
+        Question('Which learning rate does each structure want? Choose it on the validation pictures.', '5 minutes',
+                 'the best of the three rates for each structure. The largest eigenvalue of A Aᵀ (exercise 8) '
+                 'predicts an order. The standard error on 200 pictures is 2 to 3 points.',
+                 'python tests/experiments/sweep.py --method vpt,vanilla_cdc,cdc --over lr=0.025,0.1,0.4 '
+                 '--set score_on=val'),
+        Question('How far is γ from the identity after training, and in which layers?', '2 minutes',
+                 'the layer with the largest distance. The identity itself has the norm √10 = 3.16, so a distance of '
+                 '3 is large.',
+                 'python train.py --method cdc_da',
+                 'python -c "import torch; '
+                 "P = torch.load('runs/where_red/vit_nano_patch8_48/cdc_da/seed0/params.pth'); "
+                 "print(*(f'into layer {l}: {x:.2f}' for l, x in "
+                 "enumerate((P['gamma'] - torch.eye(10)).norm(dim=(1, 2)).tolist(), start=1)), sep='\\n')" '"'),
+        Question('With one prompt a layer, γ^l is one number. Is DA still of use?', '3 minutes',
+                 'the three accuracies. One seed differs from the next by 1 or 2 points: a smaller difference says '
+                 'nothing.',
+                 'python train.py --method vpt,cdc,cdc_da --set N=1'),
     ]),
     ('3.4 Understanding cross-layer dynamic connection', [
         Exercise('Eq. 7: the weight of a prompt', 'ivpt.py', ('attention_weight',), REWEIGHTING),
         Exercise('Eq. 8 to 10: CDC re-weights', 'ivpt.py', ('reweight_cdc',), REWEIGHTING),
         Exercise('Eq. 11 to 13: DA re-weights by all', 'ivpt.py', ('reweight_cdc_da',), REWEIGHTING),
     ], [
-        Question(
-            'How much of the class token\'s attention goes to the prompts, layer by layer, in VPT and in CDC?',
-            '5 minutes',
-            'the part that each tile of the picture says, "prompts 12%". In which layers does it differ, and does it '
-            'depend on the picture? `ivpt.look(model, images)[\'to_prompts\']` has it for any pictures.',
-            'python train.py --method vpt,cdc',
-            'python tests/experiments/look.py --method vpt,cdc'),
-        Question(
-            'The equations leave LayerNorm out. How far is w α̃, normalised over the prompts, from what a layer '
-            'does?', 'half an hour',
-            'half the sum of |difference| over the prompts, from 0 to 1. Take P of a trained CDC (params.pth), and '
-            'qkv and norm1 of a layer of vit.build(\'vit_nano_patch8_48\', \'tests/experiments/nano.pth\'); draw q '
-            'at random. The layer weighs norm1(P^l + P^{l-1}).'),
+        Question("How much of the class token's attention goes to the prompts, layer by layer, in VPT and in CDC?",
+                 '5 minutes',
+                 'the part that each tile of the picture says, "prompts 12%". In which layers does it differ, and '
+                 "does it depend on the picture? `ivpt.look(model, images)['to_prompts']` has it for any pictures.",
+                 'python train.py --method vpt,cdc',
+                 'python tests/experiments/look.py --method vpt,cdc'),
+        Question('The equations leave LayerNorm out. How far is w α̃, normalised over the prompts, from what a layer '
+                 'does?', 'half an hour',
+                 'half the sum of |difference| over the prompts, from 0 to 1. Take P of a trained CDC (params.pth), '
+                 "and qkv and norm1 of a layer of vit.build('vit_nano_patch8_48', 'tests/experiments/nano.pth'); "
+                 'draw q at random. The layer weighs norm1(P^l + P^{l-1}).'),
     ]),
     ('3.4 seen from the optimiser', [
         Exercise('A Aᵀ: what CDC does to the gradient', OPTIMISER[0], ('gradient_factor',), OPTIMISER),
     ], [
-        Question(
-            'With 6 layers vanilla CDC has up to 17.2 times the learning rate of VPT. Does it train as well with '
-            '0.1 / 17.2 = 0.0058?', '2 minutes',
-            'which of the two rates comes nearer to VPT with 0.1. The factor is 17.2 only for what all layers have in '
-            'common; the smallest is 0.27.',
-            'python train.py --method vpt --set score_on=val',
-            'python tests/experiments/sweep.py --method vanilla_cdc --over lr=0.1,0.0058 --set score_on=val'),
-        Question(
-            'Where does γ end with strong weight decay, if γ had any? Let `decays` in train.py return True for it '
-            'in your copy.', '10 minutes',
-            'the mean of γ\'s diagonal, which starts at 1. At 0 there is no connection: that is VPT.',
-            'python train.py --method cdc_da --set weight_decay=0.01 runs=runs/decayed',
-            'python -c "import torch; P = torch.load(\'runs/decayed/where_red/vit_nano_patch8_48/'
-            'cdc_da,weight_decay=0.01/seed0/params.pth\'); '
-            'print(P[\'gamma\'].diagonal(dim1=1, dim2=2).mean().item())"'),
-        Question(
-            'AdamW moves every number by about the learning rate. Are VPT and CDC nearer to each other with it?',
-            '3 minutes',
-            'the difference of the two accuracies with SGD and with AdamW. Below 2 points it is chance.',
-            'python train.py --method vpt,cdc',
-            'python train.py --method vpt,cdc --set optimizer=AdamW lr=0.003'),
+        Question('With 6 layers vanilla CDC has up to 17.2 times the learning rate of VPT. Does it train as well '
+                 'with 0.1 / 17.2 = 0.0058?', '2 minutes',
+                 'which of the two rates comes nearer to VPT with 0.1. The factor is 17.2 only for what all layers '
+                 'have in common; the smallest is 0.27.',
+                 'python train.py --method vpt --set score_on=val',
+                 'python tests/experiments/sweep.py --method vanilla_cdc --over lr=0.1,0.0058 --set score_on=val'),
+        Question('Where does γ end with strong weight decay, if γ had any? Let `decays` in train.py return True for '
+                 'it in your copy.', '10 minutes',
+                 "the mean of γ's diagonal, which starts at 1. At 0 there is no connection: that is VPT.",
+                 'python train.py --method cdc_da --set weight_decay=0.01 runs=runs/decayed',
+                 'python -c "import torch; '
+                 "P = torch.load('runs/decayed/where_red/vit_nano_patch8_48/"
+                 "cdc_da,weight_decay=0.01/seed0/params.pth'); "
+                 "print(P['gamma'].diagonal(dim1=1, dim2=2).mean().item())" '"'),
+        Question('AdamW moves every number by about the learning rate. Are VPT and CDC nearer to each other with it?',
+                 '3 minutes',
+                 'the difference of the two accuracies with SGD and with AdamW. Below 2 points it is chance.',
+                 'python train.py --method vpt,cdc',
+                 'python train.py --method vpt,cdc --set optimizer=AdamW lr=0.003'),
     ]),
     ('3.5 Attentive reinforcement', [
         Exercise('Eq. 14: the salient tokens', 'ivpt.py', ('top_k',), AR),
         Exercise('Eq. 15: reinforcement', 'ivpt.py', ('reinforce_',), AR),
     ], [
-        Question(
-            'How many tokens should be reinforced? 0 is no AR, 36 is all of them. Choose on the validation pictures.',
-            '3 minutes',
-            'the best k, and whether k = 36 differs from 16. With k = 36 the vectors still go by the order of '
-            'salience, and not by place as in Table 4\'s All (`--method ivpt_all`).',
-            'python tests/experiments/sweep.py --task shape_red --method ivpt --over k=0,1,4,16,36 '
-            '--set score_on=val'),
-        Question(
-            'Does the order of Ω matter? Sort it by position in your copy, and train again.', '10 minutes',
-            'the two accuracies. As it is, the first row of P_re goes to the most salient token; sorted, to the token '
-            'nearest to the top.',
-            'python train.py --method ivpt',
-            'python train.py --method ivpt --set runs=runs/sorted'),
-        Question(
-            'Do the salient tokens lie on the shape that is asked for?', '3 minutes',
-            'the cyan frames, layer by layer. tests/experiments/README.md counts this on 2,000 pictures ("Where the '
-            'class token looks").',
-            'python train.py --method vpt,ivpt',
-            'python tests/experiments/look.py --method vpt,ivpt'),
-        Question(
-            'Why is linear probing better on blue (61.9%) than on red (31.8%) and yellow (26.5%)?', '2 minutes',
-            'where the ViT looks before any training. Without prompts the brightest patch of layer 4 lies on the blue '
-            'shape in 81% of the pictures, and on the red one in 2%.',
-            'python train.py --method linear --task where_blue,where_red',
-            'python train.py --method linear --set ask=where_yellow'),
+        Question('How many tokens should be reinforced? 0 is no AR, 36 is all of them. Choose on the validation '
+                 'pictures.', '3 minutes',
+                 'the best k, and whether k = 36 differs from 16. With k = 36 the vectors still go by the order of '
+                 "salience, and not by place as in Table 4's All (`--method ivpt_all`).",
+                 'python tests/experiments/sweep.py --task shape_red --method ivpt --over k=0,1,4,16,36 '
+                 '--set score_on=val'),
+        Question('Does the order of Ω matter? Sort it by position in your copy, and train again.', '10 minutes',
+                 'the two accuracies. As it is, the first row of P_re goes to the most salient token; sorted, to the '
+                 'token nearest to the top.',
+                 'python train.py --method ivpt',
+                 'python train.py --method ivpt --set runs=runs/sorted'),
+        Question('Do the salient tokens lie on the shape that is asked for?', '3 minutes',
+                 'the cyan frames, layer by layer. tests/experiments/README.md counts this on 2,000 pictures ("Where '
+                 'the class token looks").',
+                 'python train.py --method vpt,ivpt',
+                 'python tests/experiments/look.py --method vpt,ivpt'),
+        Question('Why is linear probing better on blue (61.9%) than on red (31.8%) and yellow (26.5%)?', '2 minutes',
+                 'where the ViT looks before any training. Without prompts the brightest patch of layer 4 lies on '
+                 'the blue shape in 81% of the pictures, and on the red one in 2%.',
+                 'python train.py --method linear --task where_blue,where_red',
+                 'python train.py --method linear --set ask=where_yellow'),
     ]),
     ('4.1 Training', [
         Exercise('Warm-up and cosine', 'train.py', ('schedule',), SCHEDULE),
     ], [
-        Question(
-            'Is the warm-up needed at a high rate?', '2 minutes',
-            'the loss of the first epochs, beside ln 9 = 2.20, the loss of a guess among 9 classes.',
-            'python train.py --method ivpt --set lr=0.2',
-            'python train.py --method ivpt --set lr=0.2 warmup=0'),
-        Question(
-            'Let `schedule` return 1 in your copy. What is the accuracy now, and how much does it differ between '
-            'seeds?', '5 minutes',
-            'mean and spread of the three seeds, with the cosine and without.',
-            'python train.py --method ivpt --seed 0,1,2',
-            'python train.py --method ivpt --seed 0,1,2 --set runs=runs/constant'),
+        Question('Is the warm-up needed at a high rate?', '2 minutes',
+                 'the loss of the first epochs, beside ln 9 = 2.20, the loss of a guess among 9 classes.',
+                 'python train.py --method ivpt --set lr=0.2',
+                 'python train.py --method ivpt --set lr=0.2 warmup=0'),
+        Question('Let `schedule` return 1 in your copy. What is the accuracy now, and how much does it differ '
+                 'between seeds?', '5 minutes',
+                 'mean and spread of the three seeds, with the cosine and without.',
+                 'python train.py --method ivpt --seed 0,1,2',
+                 'python train.py --method ivpt --seed 0,1,2 --set runs=runs/constant'),
     ]),
 ]
 EXERCISES = dict(enumerate((exercise for _, exercises, _ in PARTS for exercise in exercises), start=1))
@@ -275,11 +263,10 @@ def check(folder):
         find(tree, name, folder / exercise.file)
     passed, false, trouble = run_tests(folder, exercise)
     if false and all(failure['error'].startswith('NotImplementedError') for failure in false):
-        print(f'{exercise.title}: {names(exercise)} is not written yet. A test of it:\n    {again(false[0], folder)}')
+        print(f'{exercise.title}: {names(exercise)} is not written yet. A test of it:\n    {false[0]["again"]}')
     elif false:
         print(f'{exercise.title}: not yet. Of the sentences that were tried {passed} are true, {len(false)} false:')
-        for failure in false:
-            explain(failure, folder)
+        print(*(failure['text'] for failure in false), sep='\n')
         print('\nThe letters are explained on top of vit.py; all tensors follow from them '
               '(tests/equations/strategies.py).')
     elif trouble or not passed:
@@ -329,32 +316,26 @@ def pytest_runtest_makereport(item, call):
 
 
 def found(item, error):
-    """Of a test that failed: its sentence, where it stands, the case, and the error."""
+    """Of a test that failed: the error, the command that runs it again wherever it is given (in the project itself it
+    would pass), and the text that is printed."""
     while getattr(error, 'exceptions', ()):  # Hypothesis found several
         error = error.exceptions[0]
     notes = '\n'.join(getattr(error, '__notes__', ()))  # Hypothesis says there which case it was
     case = re.search(r'(?:case|example): \w+\(\n(.*?)\n\)', notes, re.DOTALL)
+    case = [line.partition('#')[0].strip().rstrip(',') for line in (case[1] if case else '').splitlines()]
+    case = re.sub(r'case=Case\((.*?)\)', r'\1', ', '.join(case)) or 'there is only one'
     said = re.sub(r'<built-in method (\w+)[^>]*>', r'\1', str(error)).replace('\\n', ' ')
-    return {'name': item.originalname, 'doc': ' '.join((item.obj.__doc__ or '').split('\n\n')[0].split()),
-            'file': os.path.relpath(item.path, item.config.rootpath),
-            'of': getattr(getattr(item, 'callspec', None), 'id', ''),
-            'case': [line.partition('#')[0].strip().rstrip(',') for line in (case[1] if case else '').splitlines()],
-            'error': textwrap.shorten(f'{type(error).__name__}: {said}', 200, placeholder=' ...')}
-
-
-def explain(failure, folder):
-    """Print what a test in the folder that failed has found."""
-    of = f' ({failure["of"]})' if failure['of'] else ''
-    case = re.sub(r'case=Case\((.*?)\)', r'\1', ', '.join(failure['case'])) or 'there is only one'
-    print(f'\n  FALSE: {failure["name"].removeprefix("test_").replace("_", " ")}{of}')
-    for what, words in (('what it says', failure['doc']), ('smallest case', case), ('what was seen', failure['error']),
-                        ('in the copy', again(failure, folder))):
-        print(f'    {what:<15}{words}')
-
-
-def again(failure, folder):
-    """The command that runs a test in the folder again, wherever it is given: the project itself would pass."""
-    return f'cd {shlex.quote(str(folder.resolve()))} && python -m pytest {failure["file"]} -k {failure["name"]}'
+    said = textwrap.shorten(f'{type(error).__name__}: {said}', 200, placeholder=' ...')
+    doc = ' '.join((item.obj.__doc__ or '').split('\n\n')[0].split())
+    root = item.config.rootpath
+    again = f'cd {shlex.quote(str(root))} && python -m pytest {item.path.relative_to(root)} -k {item.originalname}'
+    of = f' ({item.callspec.id})' if hasattr(item, 'callspec') else ''
+    text = [f'\n  FALSE: {item.originalname.removeprefix("test_").replace("_", " ")}{of}',
+            f'    what it says   {doc}',
+            f'    smallest case  {case}',
+            f'    what was seen  {said}',
+            f'    in the copy    {again}']
+    return {'error': said, 'again': again, 'text': '\n'.join(text)}
 
 
 def main(argv=None):
