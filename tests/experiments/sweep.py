@@ -143,10 +143,12 @@ def take_grid(args):
     texts = [text for text in args.set if text.startswith('grid=')]
     if not texts:
         return None
+    if len(texts) > 1:
+        raise InputError('--set grid: it is given twice; give it once')
     if not getattr(args, 'search', True):
         raise InputError('--set grid=... is for --search')
     args.set = [text for text in args.set if text not in texts]
-    grid = train.read_yaml(texts[-1].removeprefix('grid='), '--set grid')
+    grid = train.read_yaml(texts[0].removeprefix('grid='), '--set grid')
     if not (type(grid) is dict and grid and all(type(values) is list and values for values in grid.values())):
         raise InputError('--set grid: it is a list of values for each setting, as {lr: [0.1, 0.05]}, '
                          f'not {repr(grid)[:100]}')

@@ -162,12 +162,17 @@ def test_a_saved_state_brings_its_clusters_and_an_optimizer_keeps_the_parameter(
     assert fresh.frames is before and fresh(IMAGES).equal(model(IMAGES))
 
 
-def test_a_finished_run_answers_as_when_it_was_scored_without_the_file_of_its_start(tmp_path):
+def test_a_finished_run_answers_as_when_it_was_scored_without_the_file_of_its_start(tmp_path, capsys):
     """And it did start there: its learning rate is tiny."""
-    assert main(['--on', 'side_blue,how_many', '--model', 'vit_nano_patch8_24', '--weights', 'random', '--set',
-                 f'runs={tmp_path}', 'n_train=12', 'n_val=2', 'n_test=2', 'epochs=1', 'batch=5', 'max_clusters=2']) == 0
-    start = tmp_path / 'start/side_blue+how_many/vit_nano_patch8_24/seed0.pth'
-    p = vit.read_state_dict(start)['start']
+    argv = ['--on', 'side_blue,how_many', '--model', 'vit_nano_patch8_24', '--weights', 'random', '--set', 'n_train=12',
+            'n_val=2', 'n_test=2', 'epochs=1', 'batch=5', 'max_clusters=2']
+    starts = [tmp_path / f'{i}/start/side_blue+how_many/vit_nano_patch8_24/seed0.pth' for i in range(2)]
+    for i, start in enumerate(starts):
+        torch.manual_seed(i)  # nothing depends on it
+        assert main([*argv, f'runs={tmp_path / str(i)}']) == 0
+        assert capsys.readouterr().out.endswith(f'--method dam_vp --set start={start}\n')
+    p, same = (vit.read_state_dict(start)['start'] for start in starts)
+    equal(p, same, atol=1e-5)
     changes = dict(img_size=24, epochs=1, threshold=3.0, max_clusters=4, lr=1e-9, start=start)
     assert run(tmp_path, '--method', 'dam_vp', **changes) == 0
     start.unlink()

@@ -399,13 +399,22 @@ def test_prompts_of_e2vpt_are_tokens_whose_outputs_are_dropped():
 
 @pytest.mark.parametrize('name, parameter, bound', [
     ('lora', 'vit.blocks.0.attn.qkv.side.A', 32 ** -0.5), ('fact', 'factors.P', (6 / (16 + 24)) ** 0.5),
-    ('e2vpt', 'vit.blocks.1.attn.qkv.side.E', (6 / (5 * 8)) ** 0.5), ('gapt', 'P', (6 / (3 * 8 ** 2 + 32)) ** 0.5)])
+    ('adapter', 'vit.blocks.0.mlp.side.W', 32 ** -0.5), ('bi_adapter', 'vit.blocks.0.shortcut2.W', 32 ** -0.5),
+    ('bi_adapter', 'vit.blocks.0.shortcut2.U', 0.002), ('gapt', 'P', (6 / (3 * 8 ** 2 + 32)) ** 0.5),
+    ('e2vpt', 'vit.blocks.1.attn.qkv.side.E', (6 / (5 * 8)) ** 0.5),
+    ('e2vpt', 'vit.blocks.1.prompts.P', (6 / (3 * 8 ** 2 + 32)) ** 0.5)])
 def test_initial_values_are_uniform_within_the_bounds_of_the_authors_and_those_of_the_head_are_timms(
         name, parameter, bound):
     model = system(name, chirped())
     assert 0.95 * bound < model.get_parameter(parameter).detach().abs().max() <= bound
     assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.2) and not model.head.bias.any()
     assert name != 'gapt' or model.a.eq(-5).all()  # its gates start almost shut
+
+
+@pytest.mark.parametrize('name', ['ssf', 'gapt'])
+def test_no_system_computes_attention_weights_that_nobody_reads(name, monkeypatch):
+    monkeypatch.delattr(vit.Attention, 'first_row')
+    assert system(name, chirped())(IMAGES).isfinite().all()
 
 
 def test_temperatures_of_gapt_come_back_from_their_limits():

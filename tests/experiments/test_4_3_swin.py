@@ -379,7 +379,7 @@ def test_prompts_on_swin_b_have_each_stages_width_and_at_most_its_tokens_and_sta
 def test_a_swin_starts_as_timms_prompts_within_vpts_bound_in_every_stage_and_ivpt_as_cdc():
     """Normal with standard deviation 0.02, the tables of biases too, and biases 0. sqrt(6 / (3 p² + 128)), whatever the
     stage's width; γ is the identity and P_re is 0."""
-    backbone, bound = swin.Swin(28, 1, 7, (128, (1, 2, 1), 4)), (6 / (3 + 128)) ** 0.5
+    backbone, bound = swin.Swin(56, 2, 7, (128, (1, 2, 1), 4)), (6 / (3 * 2 ** 2 + 128)) ** 0.5
     for name, x in backbone.state_dict().items():
         drawn = name.endswith(('table', 'qkv.weight', 'proj.weight', 'fc2.weight', 'reduction.weight'))
         assert 'embed' in name or not drawn or abs(x.std() / 0.02 - 1) < 0.1

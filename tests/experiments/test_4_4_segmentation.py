@@ -176,6 +176,8 @@ def test_a_mirrored_image_has_a_mirrored_answer_at_several_scales(H, W, seed):
     image[:, :, W // 2:] = 128  # it has two sides
     a, b = (answer(sided, x, settings(img_size=8), CPU, [0.5, 1.0, 1.75]) for x in (image, image.flip(-1)))
     assert a.shape == (H, W) and (a == b.flip(-1)).float().mean() > 0.97  # but for ties
+    views = [answer(pixelwise, image, settings(img_size=min(H, W)), CPU, scales) for scales in ([1.0], [1.0, 1.0])]
+    assert views[0].equal(views[1])  # to a model that sees one pixel a mirror is nothing
 
 
 @pytest.mark.parametrize('W, sizes', [(30, [(4, 6), (16, 24)]), (100, [(3, 16), (12, 64)])])

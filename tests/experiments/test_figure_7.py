@@ -127,6 +127,12 @@ def test_one_run_is_drawn_in_its_own_folder_and_a_second_picture_does_not_overwr
     assert names == {'attention.png', 'attention-2.png'}
 
 
+def test_words_stand_white_on_black_in_the_lower_left_corner_of_a_tile():
+    tile = torch.full((3, TILE, TILE), 128, dtype=torch.uint8)
+    words = look.labelled(tile, 'prompts 5%')
+    assert (words[:, :TILE - 16] == 128).all() and (words[:, -1, 0] == 0).all() and words.max() > 200
+
+
 def test_runs_of_other_depths_are_not_drawn_together(tmp_path, capfd):
     argv = '--method', 'linear', '--model', f'{NANO},vit_tiny_patch16_48'
     assert [run(tmp_path, *argv, program=program, epochs=1) for program in (train, look)] == [0, 2]
@@ -142,6 +148,16 @@ def test_a_photo_is_prepared_as_test_images_are_and_its_classes_stand_in_the_ord
         shares = 100 * seen['logits'][0].softmax(dim=0)
         assert said == ', '.join(f'{"abcdef"[c]} {shares[c]:.1f}%' for c in shares.argsort(descending=True)[:5])
     assert len([*own.folder.rglob('attention,15,16,vpt+ivpt,*.png')]) == 1  # photos have a picture of their own
+
+
+def test_photos_need_no_picture_that_a_run_was_trained_on(own, tmp_path):
+    save_picture(tmp_path / 'cat.png', 0, 90, 60)
+    argv = [word for word in own.vpt if word not in ('--data', str(own.folder / 'data'))]
+    (own.folder / 'data').rename(own.folder / 'away')
+    try:
+        assert look.main([*argv, '--image', str(tmp_path / 'cat.png')]) == 0
+    finally:
+        (own.folder / 'away').rename(own.folder / 'data')
 
 
 def test_all_photos_of_a_folder_are_answered_in_a_csv_file_and_the_first_ones_are_drawn(own, looked, monkeypatch):

@@ -164,6 +164,15 @@ def test_probabilities_may_differ_by_rounding_and_on_another_machine_two_answers
         refused(settings, 'it answers otherwise than it did')
 
 
+def test_the_first_pictures_are_answered_again_in_whole_batches_and_no_others(runs, monkeypatch):
+    asked, whole = [], train.answers
+    monkeypatch.setattr(train, 'answers', lambda *how: asked.append(len(how[2])) or whole(*how))
+    for first in 1, 17:
+        monkeypatch.setattr(finished, 'FIRST', first)
+        finished.open_run(tiny(runs=runs, **SMALL))
+    assert asked == [16, 20]
+
+
 # ---- What it was made of --------------------------------------------------------------------------------
 
 
@@ -250,6 +259,9 @@ def test_every_curve_has_its_colour_and_its_mark_in_the_picture_and_in_the_legen
     for i, colour in enumerate(curves.COLOURS):
         assert coloured(path, colour, (100, 80, 760, 420)) > 300
         assert coloured(path, colour, (80, 490 + 25 * i, 170, 510 + 25 * i)) > 100
+    for x in 100, 750:  # the middle of what is written below a tick
+        ink = torch.from_numpy(np.asarray(Image.open(path).convert('L'))[436:460, x - 40:x + 40] < 128).nonzero()
+        assert abs(ink[:, 1].float().mean() - 40) < 3
 
 
 @pytest.mark.parametrize('other, title, legend', [

@@ -290,6 +290,7 @@ def test_a_difference_is_over_the_same_pictures_and_seeds_with_the_error_of_both
     found = {row[1]: row[2:] for row in rows if row[0] == 'where_blue'}
     assert found['`ivpt`'] == ['+25.0', *(f'{100 * x:.1f}' for x in (both, of_pictures, of_seeds)), '2']
     assert found['`cdc`'] == ['+75.0', '25.0', '25.0', '', '1']  # one seed has no spread
+    assert not [row for row in rows if row[0].startswith('mean of')]
 
 
 def test_runs_are_compared_with_those_of_the_same_further_name_and_tasks_are_averaged(results, reported):
@@ -298,9 +299,9 @@ def test_runs_are_compared_with_those_of_the_same_further_name_and_tasks_are_ave
             results(task, method, 0, fmean(right), {'lr': 0.5}, rows=rows_of(right))
     results('where_blue', 'vpt', 0, 1.0, rows=rows_of([1, 1]))
     rows, _ = reported('--against', 'vpt')
-    assert [row[:3] for row in rows if row[-1] == '1'] == [
-        ['shape_red', '`ivpt,lr=0.5`', '+50.0'], ['where_blue', '`ivpt,lr=0.5`', '+100.0'],
-        ['mean of 2', '`ivpt,lr=0.5`', '+75.0']]
+    assert [row[:4] for row in rows if row[-1] == '1'] == [  # the error of a mean of independent differences
+        ['shape_red', '`ivpt,lr=0.5`', '+50.0', '50.0'], ['where_blue', '`ivpt,lr=0.5`', '+100.0', '0.0'],
+        ['mean of 2', '`ivpt,lr=0.5`', '+75.0', '25.0']]
 
 
 @pytest.mark.parametrize('argv, rows, said', [

@@ -159,6 +159,13 @@ def test_pictures_of_other_sizes_show_the_same(size, look):
     assert np.abs(scaled - small).mean() < 6
 
 
+@pytest.mark.parametrize('q', range(4))
+def test_a_frame_around_a_larger_picture_is_the_same_frame_with_larger_pixels(q):
+    colour, cell = np.array([[255.0, 0, 0]]), np.array([5])
+    small, large = (shapes.framed(np.zeros((1, 3, size, size)), np.array([q]), colour, cell) for size in (48, 96))
+    assert np.array_equal(small.repeat(2, axis=2).repeat(2, axis=3), large)
+
+
 def test_grain_has_the_standard_deviation_that_was_asked_for():
     noisy, plain = (draw('where_blue', 50, grain=grain)[0].astype(float) for grain in (8, 0))
     inside = (plain > 40) & (plain < 215)  # where nothing is clipped

@@ -70,7 +70,8 @@ def test_a_point_is_the_run_with_its_values_and_a_search_ends_in_one_by_a_name_o
     (lambda loop: 0.9 if loop.lr in (0.3, 0.1) else 0.8, {'lr': [0.4, 0.3, 0.1, 0.05]}, {'lr': 0.1}),
     (lambda loop: 1 - loop.lr - loop.weight_decay, {'lr': [0.4, 0.3], 'weight_decay': [0.0, 0.1]},
      {'lr': 0.3, 'weight_decay': 0.0}),
-    (lambda loop: FAILED if loop.lr > 0.2 else 0.0, {'lr': [0.4, 0.1, 0.3]}, {'lr': 0.1})])
+    (lambda loop: FAILED if loop.lr > 0.2 else 0.0, {'lr': [0.4, 0.1, 0.3]}, {'lr': 0.1}),
+    (lambda loop: FAILED if loop.lr < 0.2 else 0.0, {'lr': [0.4, 0.1, 0.3]}, {'lr': 0.3})])
 def test_the_best_point_wins_of_equals_that_with_the_smaller_rate_and_a_failure_loses(
         score, grid, best, tmp_path, scored):
     asked = scored(lambda settings: score(settings.loop))
@@ -227,7 +228,8 @@ NO_SETTING = 'is no setting of the training, the prompts or a function in a file
     ('--over img_size=24,48', NO_SETTING), ('--over Nn=1', f"'Nn' {NO_SETTING}: did you mean 'N'"),
     ('--over batch=8', 'batch is given by --set too'), ('--over N=1,0', 'N is a whole number from 1'),
     ('--over lr=a,b', 'lr is a number'), ('--over N=1 --search', 'not allowed with'),
-    ('--set grid={lr:[1]}', 'grid=... is for --search'), ('--seed *', 'seed is a whole number')])
+    ('--set grid={lr:[1]}', 'grid=... is for --search'), ('--seed *', 'seed is a whole number'),
+    ('--search --set grid={lr:[1]} grid={lr:[2]}', '--set grid: it is given twice')])
 def test_a_search_or_a_sweep_that_cannot_be_made_is_refused_in_one_line(argv, said, tmp_path, capfd):
     argv = ['--search', '--set', argv] if argv.startswith('grid') else argv.split()
     assert sweeps(tmp_path, *argv) == 2
@@ -263,6 +265,12 @@ def torchrun(folder, *argv, killed_at=0, **changes):
             signal.signal(number, handler)
     logs = [sorted((folder / 'logs').rglob(f'{rank}/std*.log')) for rank in range(2)]
     return [statuses[0], statuses[1]], [''.join(file.read_text() for file in files) for files in logs]
+
+
+def test_a_process_waits_for_the_runs_of_the_others_as_long_as_they_take(monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setattr(sweep.dist, 'rendezvous', lambda url: iter([(sweep.dist.HashStore(), 0, 1)]))
+    assert sweep.open_store().timeout.days > 365
 
 
 def left(folder):

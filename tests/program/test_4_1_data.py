@@ -385,7 +385,7 @@ def test_a_run_on_pictures_in_files_needs_few_open_files_and_no_processes(tmp_pa
 def test_there_is_a_thread_for_each_cpu_of_the_process_at_most_8_divided_among_processes(
         cpus, processes, threads, monkeypatch):
     monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(cpus)), raising=False)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {0: set(range(cpus))}[pid], raising=False)
     assert [data.workers_of(SimpleNamespace(workers=n)) for n in (0, 3, -1)] == [0, 3, threads]
     monkeypatch.delattr(os, 'sched_getaffinity')
     monkeypatch.setattr(os, 'cpu_count', lambda: cpus)

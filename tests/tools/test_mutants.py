@@ -2,6 +2,7 @@
 
 import ast
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import mutants
 import pytest
@@ -103,6 +104,7 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.parametrize('few', [20, 0])
 @pytest.mark.parametrize('argv, status, first, last', [
     ('--only arithmetic', 0, '', 'all 1 killed 0 killed by time 0 survived 1 listed'),
     ('--only boundary', 1, 'survived  ivpt.py:6:14:boundary  ivpt.py g boundary: return x > 2 * 1.0 -> '
@@ -110,8 +112,10 @@ def project(tmp_path, monkeypatch):
     ('--only boundary --limit 0.01', 0, 'killed by time  ivpt.py:6:14:boundary',
      'all 0 killed 1 killed by time 0 survived 0 listed')])
 def test_mutants_are_counted_by_how_they_ended_and_printed_if_no_test_ended_them(
-        argv, status, first, last, project, monkeypatch, capsys):
-    """What is listed is not run, and the project itself stays as it is."""
+        argv, status, first, last, few, project, monkeypatch, capsys):
+    """What is listed is not run, and the project itself stays as it is. Of more than a few, it is recorded before which
+    tests call their functions."""
+    monkeypatch.setattr(mutants, 'FEW', few)
     name = 'ivpt.py g arithmetic: return x > 2 * 1.0 -> return x > 2 / 1.0'
     monkeypatch.setattr(mutants, 'EQUIVALENT', {name: 'division by 1'})
     before = (project / 'ivpt.py').read_text()
@@ -121,10 +125,23 @@ def test_mutants_are_counted_by_how_they_ended_and_printed_if_no_test_ended_them
     assert (project / 'ivpt.py').read_text() == before
 
 
-def test_a_test_that_is_red_anyway_kills_nothing(project):
+@pytest.mark.parametrize('few', [20, 0])
+def test_a_test_that_is_red_anyway_kills_nothing(few, project, monkeypatch):
+    monkeypatch.setattr(mutants, 'FEW', few)
     (project / 'tests/equations/test_it.py').write_text('def test_it():\n    assert False\n')
     with pytest.raises(SystemExit, match='tests/equations/test_it.py is red without a mutant'):
         main(['--only', 'boundary'], project)
+
+
+def test_tests_that_call_the_function_of_a_mutant_are_asked_first(project):
+    slow = 'import time\n\nimport ivpt\n\n\ndef test_slow():\n    time.sleep(0.2)\n    ivpt.f(2)\n'
+    (project / 'tests/equations/test_slow.py').write_text(slow + '\n\ndef test_other():\n    pass\n')
+    with ThreadPoolExecutor(2) as pool:
+        calls = mutants.callers(project, [f'tests/equations/test_{x}.py' for x in ('slow', 'it')], pool)
+    mutant = by_rule('ivpt.py', (project / 'ivpt.py').read_text())[0]
+    assert mutants.function_of(project, mutant) == 'ivpt.py:1'
+    assert sorted(calls['ivpt.py:1'], key=calls['ivpt.py:1'].get) == [
+        'tests/equations/test_it.py::test_it', 'tests/equations/test_slow.py::test_slow']
 
 
 def test_a_sample_is_the_same_for_the_same_seed(project, capsys):
