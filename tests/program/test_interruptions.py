@@ -24,7 +24,7 @@ from pictures import NANO, no_network, oxford, run, save_picture, tiny, vtab  # 
 import data
 import train
 
-HOW = dict(epochs=4, img_size=16, n_train=24, n_val=8, n_test=8)  # two steps an epoch
+HOW = dict(epochs=4, img_size=16, n_train=24, n_val=8, n_test=8)  # two steps an epoch; as in faults.py
 
 
 def config_of(folder, **changes):
@@ -182,17 +182,15 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize('group, name', [*(('machine', x.name) for x in fields(train.Machine)), ('loop', 'precision')])
 def test_what_is_finished_is_not_run_again_and_what_changes_no_number_may_change_or_be_missing(
         group, name, finished, capsys):
-    """As the path of the weights. Of the precision it counts what it computes in: `auto` is another format on another
-    device."""
+    """As the path of the weights. Of the precision counts what is computed in: `auto` differs between devices."""
     assert finished(group, name, 'another') and finished(group, name, None)
     assert capsys.readouterr().out.count('finished before') == 2
 
 
-NUMBERS = [(group, x.name) for group, kind in train.GROUPS.items() for x in fields(kind)
-           if group != 'machine' and x.name != 'precision']
-
-
-@pytest.mark.parametrize('group, name', [*NUMBERS, ('options', 'ask'), ('options', 'grain')])
+@pytest.mark.parametrize('group, name', [
+    ('options', 'ask'), ('options', 'grain'),
+    *((group, x.name) for group, kind in train.GROUPS.items() for x in fields(kind)
+      if group != 'machine' and x.name != 'precision')])
 def test_any_other_setting_is_refused_when_it_changes_and_when_only_one_of_two_runs_has_it(group, name, finished):
     for value in 'another', None:
         with pytest.raises(train.InputError, match=rf'\b{name} .*--again'):
@@ -256,8 +254,7 @@ class Code:
 
 
 def with_code(content):
-    file = io.BytesIO()
-    torch.save(Code(), file)
+    torch.save(Code(), file := io.BytesIO())
     return file.getvalue()
 
 
@@ -308,19 +305,16 @@ def test_kills_damages_and_a_full_disk_lose_nothing(tmp_path):
     assert sum(map(len, table.values())) == 9 and not list(filter(None, sum(table.values(), []))), table
 
 
-CHANGES = [f'{name}={value}' for name, value in HOW.items()]
-
-
 @pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_after_ctrl_c_and_sigterm_a_run_goes_on_as_if_nothing_had_been(number, status, tmp_path, uninterrupted):
     def stopped_in_step_6():
         steps, backward = iter(range(99)), torch.Tensor.backward
         torch.Tensor.backward = lambda *args: (next(steps) == 5 and os.kill(os.getpid(), number), backward(*args))
     runs = tmp_path / 'runs'
-    assert faults.ended(faults.child(runs, stopped_in_step_6, *CHANGES)) == status
+    assert faults.ended(faults.child(runs, stopped_in_step_6)) == status
     said = re.escape(f'2 of 4 epochs are kept in {faults.folder_of(runs)}; the same command goes on from there\n')
     assert re.fullmatch(f'error: stopped. {said}' if status == 130 else '', faults.said(runs, 'err'))
-    assert faults.ended(faults.child(runs, lambda: None, *CHANGES)) == 0
+    assert faults.ended(faults.child(runs)) == 0
     assert 'resumed   after epoch 2' in faults.said(runs)
     assert outcome(runs) == uninterrupted()
 
@@ -330,7 +324,7 @@ def test_two_processes_on_the_same_run_leave_what_one_leaves(tmp_path, uninterru
         fsync = os.fsync
         os.fsync = lambda number: (time.sleep(0.02), fsync(number))  # they write at the same time
     runs = tmp_path / 'runs'
-    pids = [faults.child(runs, slow, *CHANGES) for _ in range(2)]
+    pids = [faults.child(runs, slow) for _ in range(2)]
     assert [faults.ended(pid) for pid in pids] == [0, 0]
     assert not list(tmp_path.rglob('*.part')) and not faults.broken(runs)
     assert outcome(runs) == uninterrupted()

@@ -155,10 +155,6 @@ def test_a_task_of_configs_yaml_may_name_its_file_and_give_it_settings_of_its_ow
         train.settings_of(configs, 'mine', NANO, 'linear', {'answers': '3'})
 
 
-def test_a_file_that_is_not_in_the_working_folder_is_looked_for_beside_data_py(tmp_path):
-    assert not (tmp_path / 'tests').exists() and len(data.load(tiny()).train) == 40
-
-
 def test_what_the_code_of_a_task_or_a_method_raises_is_one_line_with_its_place_and_the_next_has_its_turn(
         file, tmp_path, capfd):
     """In a forward pass while it trains, in a score, in what a picture becomes: there it is found before training."""
@@ -185,7 +181,9 @@ def test_a_backbone_of_a_users_own_is_tuned_as_any_other(method, tmp_path):
 
 
 @pytest.mark.parametrize('option', ['--task', '--method', '--model'])
-def test_a_file_that_is_missing_or_wrong_or_has_no_such_function_is_one_line(option, tmp_path, refusal):
+def test_a_file_is_looked_for_here_and_beside_data_py_and_a_missing_or_wrong_one_is_one_line(
+        option, tmp_path, refusal):
+    assert not (tmp_path / 'tests').exists() and len(data.load(tiny()).train) == 40
     (tmp_path / 'wrong.py').write_text('def f(:')
     assert 'missing.py:f: there is no such file' in refusal(option, 'missing.py:f')
     assert 'wrong.py, line 1' in refusal(option, 'wrong.py:f')

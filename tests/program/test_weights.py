@@ -180,11 +180,14 @@ def test_the_backbone_of_pets_comes_from_the_papers_public_file():
     assert settings.backbone.mean == settings.backbone.std == (0.5, 0.5, 0.5)
 
 
-@pytest.mark.parametrize('name, parts', [
-    ('vit_base_patch16_224', ('base', 16, 224)), ('vit_large_patch16_384.augreg_in21k', ('large', 16, 384)),
-    ('vit_small_patch14_518.dinov2.lvd142m', ('small', 14, 518)), ('vit_nano_patch8_48', ('nano', 8, 48))])
-def test_names_are_read_as_timms(name, parts):
-    assert vit.parse_name(name) == parts
+@pytest.mark.parametrize('name, parts, M', [
+    ('vit_base_patch16_224', ('base', 16, 224), 196), ('vit_large_patch16_384.augreg_in21k', ('large', 16, 384), 576),
+    ('vit_small_patch14_518.dinov2.lvd142m', ('small', 14, 518), 37 ** 2), ('vit_nano_patch8_48', ('nano', 8, 48), 36),
+    ('vit_small_patch14_224.dinov2', ('small', 14, 224), 256), ('vit_base_patch14_224.dinov2', ('base', 14, 224), 256)])
+def test_names_are_read_as_timms(name, parts, M):
+    """DINOv2 is built for 224 pixels of its 37 by 37 positions."""
+    with torch.device('meta'):
+        assert vit.parse_name(name) == parts and vit.build(name).M == M
 
 
 @pytest.mark.parametrize('name', ['', 'resnet50', 'vit_base', 'vit_giant_patch14_224', 'vit_base_patch_224',
@@ -245,13 +248,6 @@ def test_every_model_has_a_source_and_what_its_inputs_were_normalised_with(name)
     imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     assert (how.mean, how.std) == tuple(tuple(entry.get(x, y)) for x, y in zip(('mean', 'std'), imagenet))
     assert weights == 'tests/experiments/nano.pth' or weights.startswith('https://')
-
-
-@pytest.mark.parametrize('size', ['small', 'base'])
-def test_dinov2_is_built_for_224_pixels_of_its_37_by_37_positions(size):
-    name = f'vit_{size}_patch14_224.dinov2'
-    with torch.device('meta'):
-        assert name in CONFIGS['models'] and [vit.build(name, img_size=x).M for x in (None, 518)] == [256, 37 ** 2]
 
 
 def test_the_default_tasks_backbone_comes_along_in_2_megabytes_and_is_found_from_any_folder(

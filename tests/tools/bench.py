@@ -206,22 +206,6 @@ def loop(task, changes, rounds):
           f'{by_itself:.1f} for the model alone on random tensors; {100 * share:.1f}%, median over {rounds} epochs')
 
 
-def options():
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='vit_base_patch16_224')
-    parser.add_argument('--batch', type=int, default=8)
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--precision', default='float32', help='float32, bfloat16, float16 or auto, or several')
-    parser.add_argument('--prompts', default='10', help='N, or several: 10,50,200')
-    parser.add_argument('--k', type=int, default=10)
-    parser.add_argument('--variants', help='these alone: "iVPT 10,iVPT 50 concatenated,lora,ssf"')
-    parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--loop', metavar='TASK')
-    parser.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help='settings of --loop')
-    return parser.parse_args()
-
-
 def measure(args):
     """Print a table with a row for each variant in each format."""
     kinds = 'VPT {} concatenated', 'iVPT {} concatenated', 'VPT {}', 'CDC {}', 'iVPT {}'
@@ -256,10 +240,21 @@ def say_row(row, plain_memory):
 
 
 def main():
-    args = options()
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='vit_base_patch16_224')
+    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--precision', default='float32', help='float32, bfloat16, float16 or auto, or several')
+    parser.add_argument('--prompts', default='10', help='N, or several: 10,50,200')
+    parser.add_argument('--k', type=int, default=10)
+    parser.add_argument('--variants', help='these alone: "iVPT 10,iVPT 50 concatenated,lora,ssf"')
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--loop', metavar='TASK')
+    parser.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help='settings of --loop')
+    args = parser.parse_args()
     if args.loop:
-        changes = dict(change.split('=', 1) for change in args.set)
-        loop(args.loop, changes, args.rounds)
+        loop(args.loop, dict(change.split('=', 1) for change in args.set), args.rounds)
     else:
         measure(args)
 

@@ -5,8 +5,7 @@
 
 A run is a nano ViT on pictures of shapes, 4 epochs of it, in a forked process. After each fault the same command is
 given again, and what it leaves must be what a run leaves that nothing happened to: every bit of the parameters, every
-loss, the accuracy. On the full disk no file can grow beyond a limit. Prints a table; the status is 1 if anything was
-lost.
+loss, the accuracy. A full disk is a limit of the size of files. Prints a table; the status is 1 if anything was lost.
 """
 
 import argparse
@@ -36,7 +35,7 @@ SMALL = ['epochs=4', 'n_train=24', 'n_val=8', 'n_test=8', 'batch=16', 'workers=0
 WRITES = 13  # a checkpoint and a log before the first epoch and after each one, parameters, predictions, the result
 
 
-def child(runs, before=lambda: None, *changes):
+def child(runs, before=lambda: None):
     """Start `python train.py` in a forked process, which has imported all and calls `before` first: its process id."""
     sys.stdout.flush()
     if pid := os.fork():
@@ -50,8 +49,7 @@ def child(runs, before=lambda: None, *changes):
         torch.set_num_threads(1)
         torch.accelerator.is_available = lambda: False  # a GPU cannot be used in a fork
         before()
-        words = {word.partition('=')[0]: word for word in [*SMALL, *changes, f'runs={runs}']}
-        sys.argv = [train.__file__, *ARGV, *words.values()]
+        sys.argv = [train.__file__, *ARGV, *SMALL, f'runs={runs}']
         runpy.run_path(train.__file__, run_name='__main__')
     except SystemExit as end:
         status = end.code
