@@ -5,10 +5,9 @@
     python train.py --task pets,dtd --method vpt,ivpt --seed 0,1,2 --set lr=0.5     one run after another
 
 A task, a model and a method are entries of configs.yaml, or FILE.py:NAME. The settings are the fields of Backbone
-(vit.py), Prompts (ivpt.py), Pictures (data.py), Loop and Machine (here). A run writes into
-runs/TASK/MODEL/METHOD[,NAME=VALUE,...]/seedS/: log.jsonl (a line an epoch), params.pth (what was trained),
-predictions.csv (its answers), result.json and the last checkpoint. The same command again goes on where it was
-interrupted, and does not repeat what is finished.
+(vit.py), Prompts (ivpt.py), Pictures (data.py), Loop and Machine (here). A run writes its result, its answers, what was
+trained and a checkpoint into runs/TASK/MODEL/METHOD[,NAME=VALUE,...]/seedS/. The same command again goes on where it
+was interrupted, and does not repeat what is finished.
 """
 
 import argparse
@@ -423,8 +422,9 @@ def name_of(settings):
 
 
 def folder_of(settings):
-    """Where a run writes. The name of a function in a file has its path, whose slashes become `_`."""
+    """Where a run writes. Slashes in a name become `_`. A file system takes 255 bytes: a longer name has its digest."""
     names = [re.sub(r'[^\w.+=,-]', '_', name) for name in (settings.task, settings.model, name_of(settings))]
+    names = [x if len(x.encode()) < 250 else f'{x[:50]}-{digest(x.encode())[:12]}' for x in names]
     return Path(settings.machine.runs, *names, f'seed{settings.loop.seed}')
 
 

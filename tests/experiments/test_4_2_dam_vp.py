@@ -172,7 +172,7 @@ def test_a_finished_run_answers_as_when_it_was_scored_without_the_file_of_its_st
         assert main([*argv, f'runs={tmp_path / str(i)}']) == 0
         assert capsys.readouterr().out.endswith(f'--method dam_vp --set start={start}\n')
     p, same = (vit.read_state_dict(start)['start'] for start in starts)
-    equal(p, same, atol=1e-5)
+    assert p.equal(same)
     changes = dict(img_size=24, epochs=1, threshold=3.0, max_clusters=4, lr=1e-9, start=start)
     assert run(tmp_path, '--method', 'dam_vp', **changes) == 0
     start.unlink()

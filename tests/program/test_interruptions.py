@@ -302,7 +302,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_the_first_epoch_and_
 def test_kills_damages_and_a_full_disk_lose_nothing(tmp_path):
     """A few; `python tests/tools/faults.py` tries many."""
     table = faults.faults(tmp_path, kills=3, damages=1, disks=1, seed=1)
-    assert sum(map(len, table.values())) == 9 and not list(filter(None, sum(table.values(), []))), table
+    assert sum(map(len, table.values())) == 12 and not list(filter(None, sum(table.values(), []))), table
 
 
 @pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])

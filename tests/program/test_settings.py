@@ -137,6 +137,11 @@ def test_the_folder_of_a_run_may_have_further_words_in_its_name():
         'somewhere/else/where_blue', NANO, 'ivpt,search/seed0')
 
 
+def test_of_a_name_that_is_too_long_for_a_file_system_the_end_is_its_digest():
+    names = [train.folder_of(runs_of('--method', f'{"é" * 200}/{x}.py:Shift')[0]).parts[-2] for x in 'ab']
+    assert names[0] != names[1] and all(name.startswith('é' * 50) and len(name.encode()) <= 255 for name in names)
+
+
 def test_a_run_below_torchrun_is_refused_with_the_program_that_divides_runs(monkeypatch, capsys):
     monkeypatch.setenv('RANK', '0')
     assert train.main([]) == 2

@@ -11,6 +11,7 @@ loss, the accuracy. A full disk is a limit of the size of files. Prints a table;
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -192,8 +193,8 @@ def faults(folder, kills, damages, disks, seed):
     for i in range(1, kills + 1):
         where, lost = kill(folder / f'kill{i}', i, dice, whole, seconds)
         table[f'SIGKILL, {where}'].append(lost)
-    for name, change in (('checkpoint.pth', cut), ('checkpoint.pth', flip), ('params.pth', cut), ('params.pth', flip),
-                         ('result.json', cut)):  # nobody checks the digits of a result
+    files = 'checkpoint.pth', 'params.pth', 'predictions.csv', 'result.json'
+    for name, change in itertools.product(files, (cut, flip)):
         for i in range(damages if name == 'checkpoint.pth' else -(-damages // 5)):
             runs = folder / f'{name}.{change.__name__}{i}'
             source = stopped if name == 'checkpoint.pth' else whole

@@ -220,9 +220,10 @@ def run_pytest(copy, tests, calls):
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.path[:] = [str(copy), *(x for x in sys.path if not Path(x).is_relative_to(PROJECT))]
-    plugins = [Calls()] if calls else []
-    status = pytest.main(['-x', '-q', '-p', 'no:cacheprovider', '--tb=no', '--rootdir=.', *tests], plugins)
-    for plugin in plugins:
+    plugin = Calls()
+    argv = ['-x', '-q', '-p', 'no:cacheprovider', '--tb=no', '--rootdir=.', *tests]
+    status = pytest.main(argv, [plugin] if calls else [])
+    if calls:
         print(json.dumps(plugin.found), flush=True)
     sys.exit(status)
 
@@ -303,8 +304,8 @@ def main(argv=None, root=PROJECT):
         return 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         copy = shutil.copytree(root, Path(folder, 'project'), ignore=LEFT_OUT)  # the project may be worked on meanwhile
-        files = {test: None for x in chosen for test in tests[x.file]}
-        calls = callers(copy, [*files], pool) if len(chosen) > FEW else {}
+        files = dict.fromkeys(test for x in chosen for test in tests[x.file])
+        calls = callers(copy, files, pool) if len(chosen) > FEW else {}
         green = lru_cache(None)(lambda test: bool(calls) or not first_red(copy, [test], args.limit))
         ends = pool.map(lambda x: outcome(copy, x, tests[x.file], calls, args.limit, green), chosen)
         ended = Counter()
