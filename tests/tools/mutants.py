@@ -207,7 +207,7 @@ def run(root, tests, limit=None, mutant=None, calls=False):
             process.kill()
             process.join()
             return None, ''
-        return process.exitcode, (copy / SAID).read_text(errors='replace')
+        return process.exitcode, Path(folder, SAID).read_text(errors='replace')
 
 
 def run_pytest(copy, tests, calls):
@@ -216,7 +216,7 @@ def run_pytest(copy, tests, calls):
     os.setsid()
     os.chdir(copy)
     os.environ['TMPDIR'] = tempfile.tempdir = str(copy.parent)
-    out = os.open(SAID, os.O_WRONLY | os.O_CREAT)
+    out = os.open(copy.parent / SAID, os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.path[:] = [str(copy), *(x for x in sys.path if not Path(x).is_relative_to(PROJECT))]
