@@ -145,17 +145,17 @@ def test_a_run_that_does_not_answer_as_it_did_is_refused(kept, tmp_path, monkeyp
     refused(settings, 'code that its file imports')
 
 
-@pytest.mark.parametrize('right, p, elsewhere, opens', [
-    (6, 0.5005, False, True), (6, 0.4995, False, True), (6, 0.502, False, False), (8, 0.5, False, False),
-    (6, 0.4, True, True), (8, 0.5, True, True), (9, 0.5, True, False)])
+@pytest.mark.parametrize('now, elsewhere, opens', [  # now: how many are right, with which probability
+    ((6, 0.5005), False, True), ((6, 0.4995), False, True), ((6, 0.502), False, False), ((8, 0.5), False, False),
+    ((6, 0.4), True, True), ((8, 0.5), True, True), ((9, 0.5), True, False)])
 def test_probabilities_may_differ_by_rounding_and_on_another_machine_two_answers_too_which_is_said(
-        right, p, elsewhere, opens, runs, monkeypatch, capsys):
+        now, elsewhere, opens, runs, monkeypatch, capsys):
     """Of 20 pictures 6 were right, with probabilities of 0.5."""
     def rows(right, p):
         return [{'class': '1', 'taken_for': str(int(i < right)), 'probability': str(p)} for i in range(20)]
     settings, here = tiny(runs=runs, **SMALL), train.environment(torch.device('cpu'))
     monkeypatch.setattr(finished, 'read_answers', lambda folder: rows(6, 0.5))
-    monkeypatch.setattr(train, 'answers', lambda *how: rows(right, p))
+    monkeypatch.setattr(train, 'answers', lambda *how: rows(*now))
     monkeypatch.setattr(train, 'environment', lambda device: here | {'torch': '9.9'} if elsewhere else here)
     if opens:
         finished.open_run(settings)

@@ -22,9 +22,10 @@ BASE = 'vit_base_patch16_224.orig_in21k'
 @pytest.fixture
 def results(tmp_path):
     """Write a result as a run would: of a task, method and seed, with changes of the command line."""
-    def put(task, method, seed, accuracy, changes={}, place=None, model=None, label=(), best={}, **more):
+    def put(task, method, seed, accuracy, changes={}, model=None, **more):
         settings = train.settings_of(CONFIGS, task, model, method, changes | {'seed': seed, 'runs': str(tmp_path)})
-        settings = sweep.with_values(replace(settings, label=label), best)
+        settings = sweep.with_values(replace(settings, label=more.pop('label', ())), more.pop('best', {}))
+        folder = tmp_path / more.pop('place') if 'place' in more else train.folder_of(settings)
         how = settings.pictures
         identity = {'backbone': '00aa', 'pictures by': how.source, 'train names': f'{how.n_train} 00bb',
                     'val names': f'{how.n_val} 00bb', 'test names': f'{how.n_test} 00bb', **more.pop('identity', {})}
@@ -34,7 +35,6 @@ def results(tmp_path):
                   'score_on': settings.loop.score_on, 'measure': 'accuracy', 'trained_parameters': 1_500_000,
                   'settings': train.as_dict(settings), 'identity': identity, 'classes': ['cat', 'dog', 'cow'],
                   'params_digest': train.digest(b'x'), 'predictions_digest': train.digest(rows)} | more
-        folder = tmp_path / place if place else train.folder_of(settings)
         files = {'params.pth': b'x', 'predictions.csv': rows, 'result.json': json.dumps(train.signed(result)).encode()}
         for name, content in files.items():
             train.write(folder / name, content)

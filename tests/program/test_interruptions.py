@@ -57,14 +57,14 @@ def uninterrupted(tmp_path_factory):
     return run_once
 
 
-@pytest.mark.parametrize('epoch, step, changes', [
-    (0, 1, {}), (1, 0, {}), (3, 1, {}), (None, 0, {}), (2, 1, {'method': 'full', 'optimizer': 'AdamW', 'lr': 0.001})])
+@pytest.mark.parametrize('at, changes', [((0, 1), {}), ((1, 0), {}), ((3, 1), {}), ((None, 0), {}),
+                                         ((2, 1), {'method': 'full', 'optimizer': 'AdamW', 'lr': 0.001})])
 def test_a_run_that_was_stopped_and_went_on_leaves_what_one_that_never_stopped_leaves(
-        epoch, step, changes, tmp_path, monkeypatch, uninterrupted, capsys):
-    """Also with other settings of the machine."""
-    run_and_stop(monkeypatch, config_of(tmp_path, **changes), epoch, step)
+        at, changes, tmp_path, monkeypatch, uninterrupted, capsys):
+    """Also with other settings of the machine. at: the epoch and the step in which the run is stopped."""
+    run_and_stop(monkeypatch, config_of(tmp_path, **changes), *at)
     train.run(config_of(tmp_path, **changes, data='elsewhere', workers=1, cache_gb=0.5))
-    assert f'resumed   after epoch {4 if epoch is None else epoch}, ' in capsys.readouterr().out
+    assert f'resumed   after epoch {4 if at[0] is None else at[0]}, ' in capsys.readouterr().out
     assert outcome(tmp_path) == uninterrupted(**changes)
 
 

@@ -73,14 +73,15 @@ class Mutant(NamedTuple):
 # ---- Making them ----------------------------------------------------------------------------------------
 
 
-def mutant_of(file, text, kind, function, start, end, new):
-    """The mutant of a file with a change, shown with the lines that it is in. The lines below keep their numbers."""
+def mutant_of(file, text, function, change):
+    """The mutant with a change (kind, start, end, new text), shown with its lines. Lines below keep their numbers."""
+    kind, start, end, new = change
     first, last = text.rfind('\n', 0, start) + 1, text.find('\n', end)
     parts = text[first:last], text[first:start] + new + text[end:last]
-    change = ' -> '.join(' '.join(part.split())[:120] for part in parts)
+    shown = ' -> '.join(' '.join(part.split())[:120] for part in parts)
     new += '\n' * (text.count('\n', start, end) - new.count('\n'))
     line, column = text.count('\n', 0, start) + 1, start - first + 1
-    return Mutant(file, f'{file}:{line}:{column}:{kind}', f'{file} {function} {kind}: {change}', start, end, new)
+    return Mutant(file, f'{file}:{line}:{column}:{kind}', f'{file} {function} {kind}: {shown}', start, end, new)
 
 
 def by_hand(file, text):
@@ -90,13 +91,13 @@ def by_hand(file, text):
             raise SystemExit(f'{file} has {right!r} {text.count(right)} times: bring TEXT up to date')
         start = text.index(right)
         for i, wrong in enumerate(mistakes, start=1):
-            yield mutant_of(file, text, f'mistake-{i}', 'TEXT', start, start + len(right), wrong)
+            yield mutant_of(file, text, 'TEXT', (f'mistake-{i}', start, start + len(right), wrong))
 
 
 def by_rule(file, text):
     """All mutants of the functions of a file, in order."""
-    found = [mutant_of(file, text, kind, function, start, end, new) for node, function in nodes(spanned(text))
-             for kind, start, end, new in (*operators(node, text), *arguments(node), *others(node, text))]
+    found = [mutant_of(file, text, function, change) for node, function in nodes(spanned(text))
+             for change in (*operators(node, text), *arguments(node), *others(node, text))]
     return sorted(found, key=lambda x: (x.start, x.id))
 
 
