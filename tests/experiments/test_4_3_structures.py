@@ -209,7 +209,7 @@ BIASES = {name for name in vit.build(NANO).state_dict() if name.endswith('.bias'
     ('express', {'P'} | RESIDUALS, {'express.5.proj'})])
 def test_steps_move_all_that_is_trained_and_no_bit_of_the_backbone(method, trained, never):
     """Bias in Table 1 (BitFit, Zaken et al., 2022): all bias vectors of the whole ViT. EXPRESS: what the last layer
-    puts out at the prompts' places is thrown away, so no gradient can reach the residual on its projection."""
+    puts out at the prompts' places is discarded, so no gradient can reach the residual on its projection."""
     config = tiny(method=method, img_size=16, k=2, N=3, batch=4, epochs=1, weight_decay=0.0, lr=0.1)
     noise = torch.randint(256, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     task = task_of(pictures=[(image, i % 3) for i, image in enumerate(noise)])

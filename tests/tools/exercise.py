@@ -2,10 +2,10 @@
 
     python tests/tools/exercise.py              the exercises in the paper's order, with open questions after each part
     python tests/tools/exercise.py 5 DIR        a copy of the project in DIR, without what exercise 5 asks for
-    python tests/tools/exercise.py check DIR    whether it is right by now; if not, which sentence is false, and where
+    python tests/tools/exercise.py check DIR    whether it is right; if not, which sentence is false, and where
 
 An exercise takes ten minutes to half an hour; 1 and 2 take longer, so begin with 3. The times of questions are for two
-free CPU cores. "In your copy": solve an exercise, change DIR, and give the commands there.
+free CPU cores. "In your copy": solve an exercise, then change the code and give the commands in DIR.
 
 Signature and docstring of a function stay. `check` runs the tests of the exercise in DIR: each test is a sentence
 about the method, and a false one is printed with the smallest case that was found.
@@ -63,7 +63,7 @@ PARTS = [  # heading, exercises, questions
         Exercise('The class token alone in the last layer', 'vit.py', ('ViT.last',), LAYER),
     ], [
         Question('What do prompts cost as tokens of the sequence, and what as keys and values?', '5 minutes',
-                 'how the ratios grow with N, "concatenated" and not. Which outputs of a layer are thrown away?',
+                 'how the ratios grow with N, "concatenated" and not. Which outputs of a layer are discarded?',
                  'python tests/tools/bench.py --model vit_nano_patch8_48 --batch 32 --k 4 '
                  '--prompts 10,50,200 --rounds 20'),
         Question('Let the head read the mean of the image tokens. What does it cost, and is the accuracy better?',
@@ -144,7 +144,8 @@ PARTS = [  # heading, exercises, questions
                  "salience, and not by place as in Table 4's All (`--method ivpt_all`).",
                  'python tests/experiments/sweep.py --task shape_red --method ivpt --over k=0,1,4,16,36 '
                  '--set score_on=val'),
-        Question('Does the order of Ω matter? Sort it by position in your copy, and train again.', '10 minutes',
+        Question('Does the order of Ω matter? In your copy give the first command, sort Ω by position, then give the '
+                 'second.', '10 minutes',
                  'the two accuracies. As it is, the first row of P_re goes to the most salient token; sorted, to the '
                  'token nearest to the top.',
                  'python train.py --method ivpt',
@@ -167,8 +168,8 @@ PARTS = [  # heading, exercises, questions
                  'the loss of the first epochs, beside ln 9 = 2.20, the loss of a guess among 9 classes.',
                  'python train.py --method ivpt --set lr=0.2',
                  'python train.py --method ivpt --set lr=0.2 warmup=0'),
-        Question('Let `schedule` return 1 in your copy. What is the accuracy now, and how much does it differ '
-                 'between seeds?', '5 minutes',
+        Question('In your copy give the first command, let `schedule` return 1, then give the second. What is the '
+                 'accuracy then, and how much does it differ between seeds?', '5 minutes',
                  'mean and spread of the three seeds, with the cosine and without.',
                  'python train.py --method ivpt --seed 0,1,2',
                  'python train.py --method ivpt --seed 0,1,2 --set runs=runs/constant'),
@@ -265,7 +266,7 @@ def check(folder):
     if false and all(failure['error'].startswith('NotImplementedError') for failure in false):
         print(f'{exercise.title}: {names(exercise)} is not written yet. A test of it:\n    {false[0]["again"]}')
     elif false:
-        print(f'{exercise.title}: not yet. Of the sentences that were tried {passed} are true, {len(false)} false:')
+        print(f'{exercise.title}: not yet. True sentences: {passed}. False sentences: {len(false)}.')
         print(*(failure['text'] for failure in false), sep='\n')
         print('\nThe letters are explained on top of vit.py; all tensors follow from them '
               '(tests/equations/strategies.py).')

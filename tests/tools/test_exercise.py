@@ -66,7 +66,7 @@ def test_a_wrong_answer_is_told_by_the_false_sentence_the_smallest_case_and_a_co
     assert main(['3', 'a copy']) == 0
     answer(tmp_path / 'a copy', 3, 'return P.cumsum(dim=0)')
     status, said = checked('a copy', capsys)
-    assert status == 1
+    assert status == 1 and ': not yet. True sentences: 0. False sentences: 1.\n' in said
     assert 'FALSE: cdc adds the previous layers prompts and the first layers are its own\n' in said
     assert 'P̂^l = P^l + P^{l-1}' in said
     assert 'smallest case  B=1, L=3, N=1, M=1, N_h=1, d=3, k=1, C=1, seed=0\n' in said
