@@ -109,7 +109,7 @@ def test_every_method_is_its_literal_form_in_logits_and_gradients_and_in_what_is
 
 @every_method
 @pytest.mark.parametrize('readout, queries', [('cls', 1), ('mean', 1 + SMALL.M)])
-def test_the_last_layer_asks_with_what_is_read_and_with_nothing_more(readout, queries, method):
+def test_the_last_layer_has_queries_only_for_the_tokens_that_the_head_reads(readout, queries, method):
     model, asked = random_model(SMALL, **METHODS[method]), []
     model.vit.readout = readout
     model.vit.blocks[-1].mlp.register_forward_pre_hook(lambda mlp, args: asked.append(args[0].shape[1]))
@@ -117,7 +117,7 @@ def test_the_last_layer_asks_with_what_is_read_and_with_nothing_more(readout, qu
     assert asked == [queries]
 
 
-def test_looking_leaves_nothing_behind_even_if_the_model_fails():
+def test_look_removes_its_hooks_even_if_the_model_fails():
     model = random_model(SMALL, **METHODS['ivpt'])
     look(model, SMALL.images())
     with pytest.raises(ValueError):
@@ -155,7 +155,7 @@ def test_the_fused_kernel_is_used_wherever_it_is_the_faster_one(monkeypatch):
 
 
 @every_method
-def test_trained_are_the_papers_parameters_in_its_shapes_each_gets_a_gradient_and_the_backbone_none(method):
+def test_the_papers_parameters_are_trained_in_its_shapes_each_gets_a_gradient_and_the_backbone_none(method):
     """P^l in R^{N x D}, γ^l in R^{N x N} and P_re^l in R^{k x D} between layers, and the head. VPT optimises the
     prompts "whilst keeping the pre-trained model frozen"."""
     model, (L, N, D, C) = random_model(SMALL, **METHODS[method]), (SMALL.L, SMALL.N, SMALL.D, SMALL.C)
@@ -171,7 +171,7 @@ def test_trained_are_the_papers_parameters_in_its_shapes_each_gets_a_gradient_an
         assert p.grad.ne(0).all() if name in expected else p.grad is None, name
 
 
-def test_train_keeps_the_backbone_in_eval_mode_and_nothing_in_the_model_is_left_to_chance():
+def test_train_keeps_the_backbone_in_eval_mode_and_the_logits_are_the_same_each_time():
     """Frozen means frozen: what is not trained does not behave as in training either. No equation has a dropout."""
     model, images = random_model(SMALL, **METHODS['ivpt']), SMALL.images()
     logits = model(images)

@@ -67,7 +67,7 @@ def test_under_autocast_P_hat_has_no_rounding_of_its_own_so_da_with_gamma_the_id
 
 @fewer
 @given(cases(L=(2, 4), N=(2, 4)))
-def test_in_cdc_the_position_of_a_prompt_counts_once_two_layers_disagree(case):
+def test_reordering_prompts_in_one_layer_alone_changes_cdc(case):
     """Eq. 4 "introduces position biases": all layers in one new order are the same model, one is not."""
     model, order = random_model(case, **METHODS['cdc']), torch.arange(case.N).roll(1)
     logits = model(case.images())

@@ -140,7 +140,7 @@ def steps_of(model, case, multiplied=None):
 
 @pytest.mark.parametrize('method, vpt', [
     ('cdc', 'vpt'), ('vanilla_cdc', 'vpt'), ('cdc_da', 'vpt'), ('ivpt', 'vpt_ar')])
-def test_over_60_steps_the_two_runs_stay_one(method, vpt):
+def test_sgd_on_cdc_equals_sgd_on_vpt_with_the_gradient_times_A_A_transposed(method, vpt):
     """SGD on P is SGD on VPT's prompts with the gradient multiplied by A Aᵀ: P̂ <- P̂ - η (A Aᵀ ∂/∂P̂ + λ P̂), momentum
     included, to rounding; with DA, while γ is held still. Head and P_re: the same. Without the factor they part."""
     case = Case(B=3, L=4, N=2, M=4, N_h=2, d=3, k=1, C=3, seed=0)
@@ -170,7 +170,7 @@ def prompts_after_a_run(**changes):
     return model.prompts()
 
 
-def test_a_run_of_vpt_with_the_multiplied_gradient_is_a_run_of_cdc_and_ends_in_its_prompts():
+def test_a_run_of_vpt_with_the_multiplied_gradient_ends_with_the_prompts_of_a_run_of_cdc():
     """On pictures of shapes, from the same start to float32. From VPT's own start it is another run."""
     of_cdc = prompts_after_a_run()
     for start, alike in ('from_cdc', True), ('from_vpt', False):
@@ -185,7 +185,7 @@ def test_a_run_of_vpt_with_the_multiplied_gradient_is_a_run_of_cdc_and_ends_in_i
     ('SGD', [-1, -2], [-1, -2]),
     ('AdamW', [-1, -2], [-1, -1]),
     ('clipped', [-1 / 2 ** 0.5, -2 / 2 ** 0.5], [-1 / 5 ** 0.5, -2 / 5 ** 0.5])])
-def test_with_adamw_and_with_clipped_gradients_it_is_not_so_as_the_first_step_of_two_layers_shows(how, cdcs, vpts):
+def test_with_adamw_or_clipped_gradients_cdc_is_not_vpt_with_a_multiplied_gradient(how, cdcs, vpts):
     """Both look at the gradient's size before A comes in. The second layer alone has a gradient, 1.
 
     AdamW's first step moves each number by one learning rate. In CDC both P^0 and P^1 move, so P̂^1 moves by two."""

@@ -78,7 +78,7 @@ def test_the_models_weights_on_prompts_are_those_of_eq_7_for_the_bias_of_the_key
 
 
 @given(cases())
-def test_all_layers_at_once_are_one_after_the_other(case):
+def test_eq_7_to_13_for_all_layers_at_once_equal_a_loop_over_layers(case):
     """Eq. 7-13 are for a layer; with more dimensions in front they are a loop over these."""
     L, N, D, N_h, d = case.L, case.N, case.D, case.N_h, case.d
     shapes = {'q': (N_h, d), 'W_K': (N_h, d, D), 'p': (N, D), 'p_previous': (N, D), 'gamma': (N, N)}
@@ -92,7 +92,7 @@ def test_all_layers_at_once_are_one_after_the_other(case):
 # ---- CDC, Eq. 8-10, and DA, Eq. 11-13 -------------------------------------------------------------------
 
 
-def test_eq_10_with_numbers_for_a_blackboard():
+def test_eq_10_gives_05_89_05_on_the_blackboard():
     """q = (1, 0), W_K = I, d = 2. The previous layer's prompts point at the query by -2, 3 and 0."""
     q, W_K = torch.tensor([[1.0, 0.0]]), torch.eye(2).unsqueeze(0)
     p = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
@@ -104,7 +104,7 @@ def test_eq_10_with_numbers_for_a_blackboard():
 
 
 @given(cases())
-def test_alpha_is_what_a_previous_prompt_would_weigh_here_by_itself_and_in_da_there_is_one_for_each_pair(case):
+def test_alpha_is_the_weight_of_a_previous_prompt_by_itself_and_in_da_there_is_one_for_each_pair(case):
     """Eq. 9. α̃_i = exp(qᵀ W_K p_i^{l-1} / sqrt(D / N_h)), and Eq. 12. α̃_ij is that of γ_ij p_j^{l-1}; w is VPT's."""
     x = drawn(case)
     close([x.w, x.alpha], [attention_weight(x.q, x.W_K, p) for p in (x.p, x.p_previous)])
@@ -118,7 +118,7 @@ def test_alpha_is_what_a_previous_prompt_would_weigh_here_by_itself_and_in_da_th
 
 @cdc_and_da
 @given(cases())
-def test_attention_is_attention_in_vpt_reweighted_among_the_prompts_and_in_the_whole_sequence(method, case):
+def test_attention_in_cdc_is_attention_in_vpt_reweighted_among_the_prompts_and_in_the_whole_sequence(method, case):
     """Eq. 8 = Eq. 9 and Eq. 11 = Eq. 12, not yet normalised: the weight of the sum is the product of the weights.
     Eq. 10. w̃_i ∝ w_i α̃_i, and Eq. 13. w̃_i ∝ w_i Π_j α̃_ij: normalised over the prompts, and in the whole sequence
     with exp(qᵀ W_K z_t / sqrt(d)) in the sum, t over z_cls and Z. With nothing but softmaxed weights: VPT's row, times
@@ -132,7 +132,7 @@ def test_attention_is_attention_in_vpt_reweighted_among_the_prompts_and_in_the_w
     close(w, normalised(heads(x, x.p) * torch.cat([torch.ones_like(others), x.alpha], dim=1)))
 
 
-def test_gamma_off_its_diagonal_reweights_as_no_cdc_with_the_same_prompts_can_in_any_order_or_scale():
+def test_da_with_gamma_off_its_diagonal_gives_weights_that_cdc_cannot_give():
     """Eq. 13 against Eq. 10, "more flexible". One head, q = W_K = 1, two prompts one number wide, p^{l-1} = (1, 0).
 
     CDC gives prompt i the term exp(s_i p_i^{l-1}): with any scales s_i and in either order, one of the two is 1. In DA

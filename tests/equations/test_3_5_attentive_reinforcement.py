@@ -30,7 +30,7 @@ def test_Omega_lists_the_positions_of_the_k_largest_in_descending_order(case):
 
 
 @given(cases())
-def test_ties_do_not_break_the_choice(case):
+def test_with_equal_weights_k_positions_with_the_largest_weights_are_chosen(case):
     """Eq. 14. Which of two equal weights is chosen is open; k places are, and they have the k largest."""
     w = case.integers('w', 3, case.B, case.M)
     for row, Omega in zip(w, top_k(w, case.k).tolist()):
@@ -88,7 +88,7 @@ def test_with_P_re_zero_the_model_is_the_one_without_reinforcement_and_so_ivpt_s
 
 
 @pytest.mark.parametrize('method', METHODS | OTHERS)
-def test_nobody_computes_attention_weights_that_nobody_reads(method, monkeypatch):
+def test_attention_weights_that_are_not_read_are_not_computed(method, monkeypatch):
     """The fused kernel never shows its matrix, so w̃ costs a product of its own: L - 1 of them, for AR alone. A
     plain ViT computes none, and is a fair measure of what prompts cost."""
     rows, first_row = [], vit.Attention.first_row
@@ -103,7 +103,7 @@ def test_nobody_computes_attention_weights_that_nobody_reads(method, monkeypatch
 
 
 @pytest.mark.parametrize('aggregation', [False, True])
-def test_k_0_is_the_model_without_reinforcement(aggregation):
+def test_the_model_with_k_0_is_the_model_without_reinforcement(aggregation):
     """Figure 5 begins with k = 0."""
     models, images = [], torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     for k, reinforcement in (0, 'topk'), (10, 'none'):

@@ -109,14 +109,14 @@ def test_clusters_are_those_of_average_linkage(n, threshold, most, seed):
 
 
 @pytest.mark.parametrize('threshold, most, K', [(1.0, 12, 12), (1.01, 12, 3), (1.0, 4, 4), (99.0, 12, 1)])
-def test_a_distance_of_the_threshold_merges_nothing_and_the_limit_does(threshold, most, K):
+def test_clusters_at_the_distance_of_the_threshold_are_merged_only_if_there_are_too_many(threshold, most, K):
     """Three squares of side 1, far from each other."""
     x = torch.tensor([[10.0 * i + a, b] for i in range(3) for a in (0, 1) for b in (0, 1)]).double()
     threshold += 0.3 * (threshold == 1.01)  # the two halves of a square are 1.21 from each other
     assert dam_vp.average_linkage(x, threshold, most).max() + 1 == K
 
 
-def test_an_image_that_is_a_prototype_gets_its_own_prompt_and_alone_teaches_it():
+def test_an_image_that_is_a_prototype_gets_its_own_prompt_and_gives_no_other_one_a_gradient():
     """With a threshold of 0 each image is a cluster."""
     model = model_of(threshold=0.0)
     model.prepare([(IMAGES[:4], None), (IMAGES[4:], None)])
@@ -127,7 +127,7 @@ def test_an_image_that_is_a_prototype_gets_its_own_prompt_and_alone_teaches_it()
         'frames', 'head.weight', 'head.bias'}
 
 
-def test_with_one_cluster_it_is_one_visual_prompt_for_all():
+def test_with_one_cluster_dam_vp_is_one_visual_prompt_for_all_images():
     """VP (Bahng et al., 2022): head(f(x + P))."""
     model = model_of(max_clusters=1, threshold=0.0)
     model.prepare([(IMAGES, None)])
@@ -151,7 +151,7 @@ def test_the_frame_is_30_of_224_pixels_wide_in_proportion(size, width):
     assert 3 * len(at) == {224: 69_840}.get(size, 12 * width * (size - width))
 
 
-def test_a_saved_state_brings_its_clusters_and_an_optimizer_keeps_the_parameter():
+def test_a_saved_state_contains_the_clusters_and_an_optimizer_keeps_the_parameter():
     model, fresh = model_of(threshold=0.0), model_of(threshold=0.0, noise=0.5)
     model.prepare([(IMAGES, None)])
     assert model.frames.data.std(dim=0).max() == 0 and 0.8 < model.frames.std() < 1.2  # all start alike

@@ -95,7 +95,7 @@ def test_a_system_of_table_1_trains_is_saved_and_is_loaded(method, whole):
 
 @pytest.mark.parametrize('method, chosen, score_on', [
     ('sct', '.I', 'test'), ('sct', '.I', 'val'), ('spt', '.at', 'test')])
-def test_sct_and_spt_choose_by_the_training_pictures_alone_and_go_on_with_it(method, chosen, score_on, whole, tmp_path):
+def test_sct_and_spt_choose_once_and_by_the_training_pictures_alone(method, chosen, score_on, whole, tmp_path):
     settings = tiny('where_blue', method, runs=tmp_path, score_on=score_on, **SMALL)
     stop_after_an_epoch(settings)
     kept = torch.load(train.folder_of(settings) / 'checkpoint.pth', weights_only=True)['trained']

@@ -374,7 +374,7 @@ def test_fact_has_its_factors_once():
     assert (other(IMAGES) - model(IMAGES)).abs().max() > 1e-3 and not model.factors.V.any()
 
 
-def test_snf_comes_in_on_both_shortcuts_and_the_branches_are_of_the_tokens_as_they_are():
+def test_snf_changes_both_shortcuts_and_the_branches_are_computed_from_the_unchanged_tokens():
     """Where the others come in, their authors' logits say."""
     model, x = system('snf', chirped()), chirp((2, 5, 32), 58, 1.0)
     with torch.no_grad():
@@ -412,12 +412,12 @@ def test_initial_values_are_uniform_within_the_bounds_of_the_authors_and_those_o
 
 
 @pytest.mark.parametrize('name', ['ssf', 'gapt'])
-def test_no_system_computes_attention_weights_that_nobody_reads(name, monkeypatch):
+def test_no_system_computes_attention_weights_that_are_not_read(name, monkeypatch):
     monkeypatch.delattr(vit.Attention, 'first_row')
     assert system(name, chirped())(IMAGES).isfinite().all()
 
 
-def test_temperatures_of_gapt_come_back_from_their_limits():
+def test_temperatures_of_gapt_are_clamped_to_their_limits_and_still_get_a_gradient():
     model = filled('gapt')
     model(IMAGES).square().sum().backward()
     taus = [layer.attn.qkv.side.tau for layer in model.vit.blocks]
@@ -474,12 +474,12 @@ def test_of_vpts_adapter_only_the_last_bias_is_ever_trained():
     ('snf', 0.2582, 0.29, False),          # without published settings; 0.2942 with a head of 890 / 19 classes
     ('bi_adapter', 0.5898, 0.64, False),   # 0.63; 0.6375 with the biases that it does not have
     ('e2vpt', 0.1382, 0.27, False)])       # before its pruning, which can only lower it
-def test_the_row_of_table_1_is_the_count_with_the_head_or_is_not(name, alone, row, fits):
+def test_with_the_head_three_of_eight_counts_are_those_of_table_1(name, alone, row, fits):
     count = million(name)
     assert count == pytest.approx(alone, abs=5e-5) and (round(count + HEAD, 2) == row) == fits
 
 
-def test_fact_has_the_row_of_its_ranks():
+def test_the_row_of_fact_is_the_mean_count_over_the_ranks_of_the_tasks():
     """Mean over tasks: its authors' settings have r = 32 in 13 of 19 tasks and 16 in 6."""
     low, high = million('fact', r=16), million('fact', r=32)
     assert low == pytest.approx(0.0310, abs=5e-5) and high == pytest.approx(0.0865, abs=5e-5)

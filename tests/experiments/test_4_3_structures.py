@@ -86,7 +86,7 @@ def test_each_structure_is_its_literal_concatenation_in_logits_and_gradients(met
 @inherited
 @fewer
 @given(cases(), st.sampled_from(['cls', 'mean']))
-def test_each_structure_that_inherits_prompts_is_figure_3_literally_and_so_is_what_is_seen_of_it(method, case, readout):
+def test_each_structure_that_inherits_prompts_is_figure_3_literally_and_what_look_returns_too(method, case, readout):
     """The image tokens' mean is one without prompts. `look` sees the class token's weights in each layer."""
     model, cotangent = model_of(case, method), case.normal('cotangent', case.B, case.C)
     model.vit.readout = readout
@@ -119,7 +119,7 @@ def test_inherited_prompts_depend_on_the_image_and_on_a_little_noise_in_all_laye
 @pytest.mark.parametrize('method', ['vpt', 'vanilla_cdc', 'cdc', 'cdc_da'])
 @fewer
 @given(cases(), st.floats(-100, 100), st.booleans())
-def test_no_image_has_a_part_in_the_prompts_of_vpt_and_of_all_kinds_of_cdc(method, case, scale, noise):
+def test_no_image_changes_the_prompts_of_vpt_and_of_all_kinds_of_cdc(method, case, scale, noise):
     """4.3, noise robustness: CDC "not transmits image information through cross-layer connection". The derivative of
     P̂^l along a direction of noise is 0 to the bit."""
     model = model_of(case, method)
@@ -145,7 +145,7 @@ def test_the_residuals_of_express_start_at_zero():
 
 @pytest.mark.parametrize('readout, queries', [('cls', {'express': 7}), ('mean', dict.fromkeys(INHERITED, 7))])
 @inherited
-def test_the_last_layer_asks_with_what_is_read_but_where_prompts_are_tokens_of_it(method, readout, queries):
+def test_the_last_layer_has_queries_for_what_is_read_alone_unless_prompts_are_tokens_too(method, readout, queries):
     """[z_cls, Z, P̂] are 7 tokens. EXPRESS's residuals are added to tokens, and not to a context."""
     model, asked = model_of(SMALL, method), []
     model.vit.readout = readout
@@ -190,7 +190,7 @@ def test_ar_at_all_tokens_takes_every_position_in_order_whatever_the_weights(cas
 
 
 @given(cases())
-def test_k_has_no_part_in_ar_at_all_tokens(case):
+def test_k_has_no_effect_on_ar_at_all_tokens(case):
     """Table 4. P_re has a row for each of the M image tokens."""
     model = IVPT(plain_vit(case), case.C, Prompts(case.N, k=10 ** 6, aggregation=True, reinforcement='all'))
     assert model.P_re.shape == (case.L - 1, case.M, case.D) and not model.P_re.any()
@@ -224,7 +224,7 @@ def test_steps_move_all_that_is_trained_and_no_bit_of_the_backbone(method, train
 
 @fewer
 @given(cases(B=1))
-def test_of_the_biases_those_of_keys_are_tuned_in_vain(case):
+def test_the_gradient_of_the_biases_of_keys_is_0_and_that_of_the_biases_of_values_is_not(case):
     """3.4. A key's bias adds the same q·b to every key and cancels in the softmax: a third of the qkv biases
     that bias tuning counts cannot learn. LayerNorm, head and all else does."""
     model = random_vit(case, num_classes=case.C)

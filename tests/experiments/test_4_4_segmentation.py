@@ -106,7 +106,7 @@ def test_table_7s_counts_are_those_of_the_models_whose_heads_read_blocks_9_14_19
 @pytest.mark.parametrize('method, own', [
     ('linear', []), ('bias', ['tuned.blocks.5.mlp.fc2.bias']), ('vpt', ['tuned.P']),
     ('cdc_da', ['tuned.P', 'tuned.gamma'])])
-def test_what_is_not_trained_gets_no_gradient_and_what_is_does(method, own):
+def test_what_is_trained_gets_a_gradient_and_what_is_not_trained_gets_none(method, own):
     settings = tiny('shapes_masks', method, n_train=1, n_val=1, n_test=1, weight_decay=0.1)
     model, _ = train.make_model(settings, data.load(settings))
     segmentation.loss(model.train()(torch.randn(2, 3, 48, 48)), torch.randint(4, (2, 48, 48))).backward()
@@ -127,7 +127,7 @@ def test_what_is_not_trained_gets_no_gradient_and_what_is_does(method, own):
     ('vpt_shallow', NANO, 'inherited prompts'), ('express', NANO, 'inherited prompts'),
     ('sct', NANO, 'looks at classes of pictures'), ('vpt', 'swin_nano_patch4_window3_48', 'not for a Swin'),
     ('linear', 'swin_nano_patch4_window3_48', 'not for a Swin')])
-def test_what_segmentation_is_not_made_for_is_one_line(method, model, said, tmp_path, capfd):
+def test_what_segmentation_is_not_made_for_is_refused_with_one_line(method, model, said, tmp_path, capfd):
     changes = SMALL | (SWIN if 'swin' in model else {})
     assert run(tmp_path, '--task', 'shapes_masks', '--method', method, '--model', model, **changes) == 2
     assert said in one_line(capfd) and not any(tmp_path.iterdir())
@@ -151,7 +151,7 @@ def test_windows_of_512_start_where_setrs_do(n, expected):
 
 
 @given(st.integers(3, 40), st.integers(3, 40), st.integers(3, 12))
-def test_a_model_that_sees_one_pixel_says_the_same_in_windows(H, W, size):
+def test_a_model_of_single_pixels_has_the_same_logits_in_windows(H, W, size):
     def model(window):
         assert window.shape[2:] == (size, size)
         return pixelwise(window)
@@ -214,7 +214,7 @@ def test_miou_and_pixel_accuracy_are_those_of_a_loop_over_pixels_whose_largest_l
 
 @pytest.mark.parametrize('scales, score_on, several', [
     ([], 'test', False), ([0.5, 2.0], 'test', True), ([0.5, 2.0], 'val', False)])
-def test_only_a_test_is_at_several_scales_too(scales, score_on, several, monkeypatch):
+def test_only_a_test_has_a_score_at_several_scales_too(scales, score_on, several, monkeypatch):
     mask = torch.tensor([[0] * 4 + [1] * 6], dtype=torch.uint8)
     small = torch.tensor([[0, 0, 0, 1, 0, 0, 1, 1, 1, 1]])  # 3 / 6 and 4 / 7; nobody saw the third class
     monkeypatch.setattr(segmentation, 'answer', lambda *how: small if how[4:] == ([0.5, 2.0],) else mask.long())
@@ -224,7 +224,7 @@ def test_only_a_test_is_at_several_scales_too(scales, score_on, several, monkeyp
     assert found == {'accuracy': 1, 'pixel_accuracy': 1} | more
 
 
-def test_pixels_are_right_missed_where_they_are_another_class_or_wrong_where_another_is_them():
+def test_pixels_count_as_right_or_as_missed_by_their_class_and_wrong_for_the_class_that_was_found():
     mask, found = torch.tensor([[0, 0, 0, 2, IGNORED]], dtype=torch.uint8), torch.tensor([[0, 1, 1, 2, 1]])
     assert segmentation.counts(found, mask, 3) == {'right': '0:1 2:1', 'missed': '0:2', 'wrong': '1:2'}
 
@@ -431,7 +431,7 @@ SECOND = 'images/validation/ADE_val_00000002.jpg'
     (SECOND, 2, 'ADE_val_00000002.jpg: not an image'),
     ('*/training/*', None, 'images/training: no images there'),
     ('annotations/training/*', np.zeros_like, 'no pixel of the pictures of train is labelled')])
-def test_bad_pictures_are_one_line_with_the_files_name_before_training(file, change, said, tmp_path):
+def test_bad_pictures_are_refused_with_one_line_with_the_files_name_before_training(file, change, said, tmp_path):
     """A file is changed, cut after some bytes, or gone."""
     for path in ade(tmp_path).glob(file):
         if callable(change):

@@ -348,7 +348,7 @@ def test_prompts_take_more_from_small_regions_of_a_shifted_window(case, shape):
 
 
 @pytest.mark.parametrize('method, softmaxes', [('vpt', 0), ('cdc_da', 0), ('ivpt', 3), ('ivpt_all', 3)])
-def test_nobody_computes_attention_weights_that_nobody_reads(method, softmaxes, monkeypatch):
+def test_attention_weights_that_are_not_read_are_not_computed(method, softmaxes, monkeypatch):
     """The fused kernel never shows its matrix: it is made a second time for AR alone, and not in the last layer."""
     made, softmax = [], torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, 'softmax', lambda *args: made.append(args) or softmax(*args))
@@ -391,7 +391,7 @@ def test_a_swin_starts_as_timms_prompts_within_vpts_bound_in_every_stage_and_ivp
     assert not any(P_re.any() for P_re in model.P_re) and model.head.in_features == 512
 
 
-def test_of_a_swins_biases_sgd_leaves_that_of_its_own_head_alone():
+def test_sgd_decays_all_parameters_of_a_swin_but_the_bias_of_its_head():
     model = swin.Swin(48, 4, 3, swin.SIZES['nano'], num_classes=2)
     free = [name for name, p in model.named_parameters() if not train.decays(name, p, train.Loop())]
     assert free == ['head.fc.bias']

@@ -22,7 +22,7 @@ TILE = look.TILE
 
 @settings(max_examples=10)
 @given(st.sampled_from([1, 2, 6, 7, 14]), st.data())
-def test_attention_lands_on_the_pixels_of_its_patch(side, draw):
+def test_attention_is_drawn_on_the_pixels_of_its_patch(side, draw):
     """All attention on one patch: that patch is white-hot, every other pixel is the picture, grey and darkened."""
     patch = draw.draw(st.integers(0, side * side - 1))
     w = torch.zeros(side * side)
@@ -38,7 +38,7 @@ def test_attention_lands_on_the_pixels_of_its_patch(side, draw):
     assert (picture[:, ~hot] == int(grey)).all()
 
 
-def test_more_attention_is_never_darker():
+def test_more_attention_is_drawn_brighter():
     picture = look.heat_map(torch.zeros(3, TILE, TILE, dtype=torch.uint8), torch.linspace(0, 1, 16))
     centres = torch.arange(4) * TILE // 4 + TILE // 8
     brightness = picture.sum(dim=0)[centres][:, centres].flatten()
@@ -185,7 +185,7 @@ def test_photos_of_one_name_in_two_folders_have_masks_of_their_own(tmp_path, mon
     assert {path.name for path in tmp_path.glob('*.png')} == {'x_cat-mask.png', 'y_cat-mask.png'}
 
 
-def test_what_is_no_image_is_one_line_with_its_name(own, tmp_path, capfd):
+def test_what_is_no_image_is_refused_with_one_line_with_its_name(own, tmp_path, capfd):
     (tmp_path / 'cut.png').write_bytes(b'\x89PNG\r\n\x1a\n cut')
     (tmp_path / 'empty').mkdir()
     for name in 'cut.png', '.', 'empty', 'missing.png':

@@ -59,7 +59,7 @@ def test_a_finished_run_answers_as_when_it_was_scored(method, runs):
     assert opened(tiny(method=method, runs=runs, **SMALL))[1]
 
 
-def test_its_own_settings_made_it_and_not_those_of_configs_yaml_or_the_machine_by_now(runs, monkeypatch):
+def test_an_opened_run_has_the_settings_that_it_was_made_with(runs, monkeypatch):
     monkeypatch.setattr(train, 'number_format', None)
     settings = tiny(runs=runs, **SMALL)
     other = tiny(runs=runs, **SMALL | {'lr': 7.0, 'mean': (0.1, 0.2, 0.3), 'N': 3, 'weights': 'nothing'})
@@ -82,7 +82,7 @@ def test_a_run_that_is_not_there_or_not_whole_is_refused(copied, runs, tmp_path)
 @pytest.mark.parametrize('damage', [
     lambda s: s.pop('loop'), lambda s: s['loop'].update(rate=1), lambda s: s.update(options=3),
     lambda s: s.update(prompts=[]), lambda s: s.update(label=None)])
-def test_settings_that_are_none_are_refused(damage, copied):
+def test_a_result_with_damaged_settings_is_refused(damage, copied):
     settings, change = copied
     change(damage)
     refused(settings, 'result.json is damaged')
@@ -148,7 +148,7 @@ def test_a_run_that_does_not_answer_as_it_did_is_refused(kept, tmp_path, monkeyp
 @pytest.mark.parametrize('now, elsewhere, opens', [  # now: how many are right, with which probability
     ((6, 0.5005), False, True), ((6, 0.4995), False, True), ((6, 0.502), False, False), ((8, 0.5), False, False),
     ((6, 0.4), True, True), ((8, 0.5), True, True), ((9, 0.5), True, False)])
-def test_probabilities_may_differ_by_rounding_and_on_another_machine_two_answers_too_which_is_said(
+def test_probabilities_may_differ_by_rounding_and_on_another_machine_two_answers_may_with_a_note(
         now, elsewhere, opens, runs, monkeypatch, capsys):
     """Of 20 pictures 6 were right, with probabilities of 0.5."""
     def rows(right, p):
@@ -237,7 +237,7 @@ def test_a_run_that_trained_everything_needs_no_other_file(tmp_path):
     (['--seed', '7'], {}, 'seed7: no finished run'), (['--search'], {}, '/vpt,search,batch'),
     (['--search'], {'grid': '{lr: [1]}'}, '/vpt,search,lr=1,batch'), (['--method', 'vtp'], {}, "did you mean 'vpt'"),
     ([], {'device': 'xpu:7'}, 'device xpu:7 cannot be used'), ([], {'lr': 'a'}, 'lr is a number')])
-def test_what_is_wrong_is_one_line(argv, change, said, program, runs, capfd):
+def test_wrong_input_is_refused_with_one_line(argv, change, said, program, runs, capfd):
     method = () if '--method' in argv else ('--method', 'vpt')
     assert run(runs, *method, *argv, program=program, **SMALL | change) == 2
     assert said in one_line(capfd)
@@ -286,7 +286,7 @@ def test_an_axis_has_round_numbers_that_enclose_the_data(low, width):
     assert curves.round_numbers(50, 50) == {50: '50'} and curves.round_numbers(0, 0) == {0: '0'}
 
 
-def test_the_name_of_a_picture_says_what_of_which_runs_it_shows_and_lies_where_they_meet():
+def test_the_name_of_a_picture_says_what_and_which_runs_it_shows_and_its_folder_holds_these_runs():
     vpt, ivpt, other = tiny(method='vpt', seed=1), tiny(method='ivpt'), tiny('shape_red')
     one = train.folder_of(vpt)
     assert curves.picture_of('loss', [vpt]) == one / 'loss.png'

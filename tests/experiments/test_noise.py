@@ -94,7 +94,7 @@ def test_more_rates_are_added_and_those_of_other_parameters_are_dropped(copied):
         assert {*of(copied, 'linear', 0)[1]} == {'0.1'}
 
 
-def test_a_seed_that_was_not_run_does_not_keep_the_noise_of_the_others_back(copied, capfd):
+def test_the_noise_of_other_seeds_is_scored_if_one_seed_was_not_run(copied, capfd):
     assert noisy(copied, '--method', 'linear', '--seed', '2,1', '--rates', '0') == 2
     out, err = capfd.readouterr()
     assert err.count('\n') == 1 and 'seed2: no finished run' in err
@@ -119,6 +119,6 @@ def test_runs_of_other_seeds_see_the_same_noise_on_the_images_that_they_were_tes
 @pytest.mark.parametrize('rates, said', [
     ('a', 'from 0 to 1'), ('-1', 'from 0 to 1'), ('0,,1', 'from 0 to 1'), ('.nan', 'from 0 to 1'), ('', 'from 0 to 1'),
     ('0,0', 'each once'), ('0.1,0.10000001', 'each once')])
-def test_wrong_rates_are_one_line(rates, said, tmp_path, capfd):
+def test_wrong_rates_are_refused_with_one_line(rates, said, tmp_path, capfd):
     assert noisy(tmp_path, '--method', 'ivpt', f'--rates={rates}') == 2
     assert said in one_line(capfd)

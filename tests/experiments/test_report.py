@@ -155,7 +155,7 @@ def test_the_papers_number_stands_only_beside_the_papers_experiment_and_a_line_s
     assert said in out and out.count('so without its number') == bool(said) + ('n_test' in change)
 
 
-def test_what_the_grid_of_a_method_has_is_free_for_it_alone(results, reported):
+def test_a_setting_in_the_grid_of_a_method_may_differ_from_the_paper_for_this_method_alone(results, reported):
     results('cifar100', 'bi_adapter', 0, 0.5, {'scale': 10.0})
     results('cifar100', 'lora', 0, 0.5, {'scale': 10.0})
     rows, out = reported()
@@ -183,7 +183,7 @@ def test_the_papers_count_of_parameters_stands_beside_all_tasks_that_it_is_the_m
     assert reported('--task', group)[0][3][:2] == ['the paper', count]
 
 
-def test_the_paper_s_settings_of_e2vpt_and_bias_on_a_task_are_those_of_configs_yaml():
+def test_the_papers_settings_of_e2vpt_and_bias_on_a_task_are_those_of_configs_yaml():
     def of(method, task):
         settings = train.settings_of(CONFIGS, task, None, method)
         return settings.prompts.N, getattr(settings.options, 'N_kv', None), settings.loop.optimizer, settings.loop.lr
@@ -209,7 +209,7 @@ def test_each_backbone_has_a_table(results, reported):
     assert '| the paper |' not in reported()[1]
 
 
-def test_a_result_counts_as_what_it_says_of_itself_and_twice_the_same_is_refused(results, reported, refused, tmp_path):
+def test_a_result_counts_as_its_contents_say_and_a_second_of_one_run_is_refused(results, reported, refused, tmp_path):
     results('where_blue', 'vpt', 0, 0.5)
     (tmp_path / 'where_blue').rename(tmp_path / 'other')
     results('where_blue', 'vpt', 0, 0.6, place='other/seed0.before')  # a run that was made again
@@ -255,7 +255,7 @@ def test_a_task_that_configs_yaml_does_not_name_any_more_has_its_column(results,
     (['--task', 'pet'], "unknown task 'pet': did you mean 'pets'"), (['--method', 'ivtp'], "did you mean 'ivpt'"),
     (['--seed', '*'], 'seed is a whole number'), ([], 'FOLDER: no finished run'),
     (['--task', 'pets'], 'FOLDER: no finished run')])
-def test_a_report_of_what_there_is_not_is_one_line(argv, said, refused, tmp_path):
+def test_a_report_of_unknown_names_or_of_no_runs_is_refused_with_one_line(argv, said, refused, tmp_path):
     assert said.replace('FOLDER', str(tmp_path)) in refused(*argv)
 
 
@@ -308,7 +308,7 @@ def test_runs_are_compared_with_those_of_the_same_further_name_and_tasks_are_ave
     (['--against', 'cdc'], [1, 0], 'no two runs, of it and of another method, share a task'),
     (['--against', 'vpt'], [1, 0, 1], 'were tested on other pictures'),
     (['--classes'], [1, 0], '--classes is for one task')])
-def test_what_cannot_be_compared_is_one_line(argv, rows, said, results, refused):
+def test_what_cannot_be_compared_is_refused_with_one_line(argv, rows, said, results, refused):
     results('where_blue', 'vpt', 0, 0.5, rows=rows_of([1, 0]))
     results('where_blue', 'ivpt', 0, 0.5, rows=rows_of(rows))
     results('shape_red', 'ivpt', 0, 0.5)

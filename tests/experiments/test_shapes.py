@@ -43,7 +43,7 @@ def test_each_colour_has_a_cell_of_its_own(colours):
 
 
 @pytest.mark.parametrize('look', shapes.LOOKS)
-def test_where_is_the_cell_of_the_colour_that_is_asked_for_and_no_other(look):
+def test_the_answer_to_where_is_the_cell_of_the_colour_that_is_asked_for_and_no_other(look):
     for colour in FOUR:
         images, answer, _ = draw(f'where_{colour}', 60, look=look)
         assert (seen_in(images, colour) == np.eye(9, dtype=bool)[answer]).all()
@@ -81,14 +81,14 @@ def test_a_ring_is_empty_in_its_middle_and_a_cross_in_its_corners():
     assert set(answer) == {0, 1, 2}
 
 
-def test_colour_is_what_is_seen_in_the_centre_or_nothing():
+def test_the_answer_to_colour_is_what_is_seen_in_the_centre_or_nothing():
     images, answer, _ = draw('colour')
     seen = np.stack([seen_in(images, colour)[:, 4] for colour in FOUR], axis=1)
     assert (seen == np.eye(5, dtype=bool)[answer][:, :4]).all()
     assert shapes.names_of('colour', FOUR) == [*FOUR, 'nothing']
 
 
-def test_side_is_on_which_side_of_the_red_one():
+def test_the_answer_to_side_is_on_which_side_of_the_red_shape_another_shape_is():
     for colour in FOUR[1:]:
         images, answer, _ = draw(f'side_{colour}', 100)
         column, red = (seen_in(images, name).argmax(1) % 3 for name in (colour, 'red'))
@@ -96,7 +96,7 @@ def test_side_is_on_which_side_of_the_red_one():
             'left' if a < b else 'right' if a > b else 'above or below' for a, b in zip(column, red)]
 
 
-def test_count_is_how_many_are_there_and_only_then_some_are_missing():
+def test_the_answer_to_count_is_the_number_of_shapes_and_all_numbers_occur():
     images, answer, _ = draw('count')
     count = sum(seen_in(images, colour).any(1).astype(int) for colour in FOUR)
     assert [shapes.names_of('count', FOUR)[a] for a in answer] == [str(n) for n in count]
@@ -153,7 +153,7 @@ def test_every_cell_is_the_answer_about_as_often():
 
 
 @pytest.mark.parametrize('size, look', [(24, 'plain'), (96, 'plain'), (96, 'waves')])
-def test_pictures_of_other_sizes_show_the_same(size, look):
+def test_pictures_of_other_sizes_show_the_same_shapes(size, look):
     (images, answer, _), (small, same, _) = (draw('where_blue', 50, size=s, look=look) for s in (size, 48))
     assert (answer == same).all()
     scaled = F.interpolate(torch.from_numpy(images).float(), (48, 48), mode='area').numpy()

@@ -42,7 +42,7 @@ def sweeps(folder, *argv, **changes):
     return run(folder, *argv, program=sweep, **changes)
 
 
-def test_tasks_models_methods_and_seeds_are_multiplied_each_in_its_own_folder_and_said(tmp_path, scored, capsys):
+def test_tasks_models_methods_and_seeds_are_multiplied_and_each_run_has_a_folder_and_a_line(tmp_path, scored, capsys):
     asked = scored(lambda settings: 0.5)
     assert sweeps(tmp_path, '--task', 'asked,where_blue', '--method', 'linear,vpt', '--seed', '0,2') == 0
     assert {(s.task, s.method, s.loop.seed) for s in asked} == {
@@ -84,7 +84,7 @@ def test_the_best_point_wins_of_equals_that_with_the_smaller_rate_and_a_failure_
     assert scores == sorted(scores, reverse=True) and len(scores) == len(asked) - 1
 
 
-def test_where_all_points_fail_lower_rates_are_asked_for_once(tmp_path, scored, capfd):
+def test_where_all_points_fail_lower_rates_are_proposed_once(tmp_path, scored, capfd):
     scored(lambda settings: FAILED)
     assert sweeps(tmp_path, '--method', 'ivpt', '--seed', '0,1', '--search', grid='{lr: [0.4, 0.1]}') == 2
     out, err = capfd.readouterr()
@@ -104,7 +104,7 @@ def test_every_point_is_scored_on_validation_images_and_every_seed_is_trained_wi
     assert capsys.readouterr().out.count('search  ') == 2  # what was found is said once
 
 
-def test_a_search_for_real_trains_on_train_alone_and_a_finer_one_uses_its_points_again(tmp_path, capsys):
+def test_a_real_search_trains_on_train_alone_and_a_finer_one_uses_its_points_again(tmp_path, capsys):
     def said(grid, *more):
         assert sweeps(tmp_path, '--method', 'vpt', '--search', *more, grid=grid, **SMALL) == 0
         out = capsys.readouterr().out
@@ -199,7 +199,7 @@ def test_each_accuracy_of_a_sweep_stands_below_its_value_and_beside_its_method(t
         assert curve == [pytest.approx((x, n + 10 + more, 200 ** 0.5)) for x, n in enumerate((5, 1, 20))]
 
 
-def test_a_value_at_which_training_diverges_is_left_out_and_the_status_says_so(tmp_path, scored, drawn, capfd):
+def test_a_value_at_which_training_diverges_is_left_out_and_the_status_is_2(tmp_path, scored, drawn, capfd):
     scored(lambda settings: FAILED if settings.loop.lr > 1 else 0.5)
     assert sweeps(tmp_path, '--method', 'ivpt', '--over', 'lr=0.1,2.0,0.2') == 2
     out, err = capfd.readouterr()

@@ -70,7 +70,7 @@ def test_train_and_val_are_disjoint_in_proportion_and_always_the_same(n, n_train
     assert data.draw(range(n), n_train, n_val) == (train_set, val_set)
 
 
-def test_the_draw_is_800_and_200_of_all_breeds():
+def test_the_draw_of_pets_has_800_and_200_pictures_of_all_breeds():
     """Section 4.1. The split of the 3,680 trainval pictures does not change from one version to the next."""
     train_set, val_set = data.draw(range(3680), 800, 200)
     assert (len(train_set), len(val_set)) == (800, 200)
@@ -305,7 +305,7 @@ def test_no_test_picture_is_decoded_twice_but_where_there_is_no_room_to_keep_it(
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('cache_gb', [8.0, 0.0])
-def test_every_picture_is_decoded_before_training_and_a_broken_one_named(cache_gb, workers, tmp_path, monkeypatch):
+def test_every_picture_is_decoded_before_training_and_a_broken_one_is_named(cache_gb, workers, tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'train', lambda *args: pytest.fail('it trains'))
     settings, task = pets(tmp_path, cache_gb=cache_gb, workers=workers, runs=str(tmp_path / 'runs'), **SMALL)
     for part, change in (task.train, lambda x: b''), (task.val, lambda x: b'<html>'), (task.test, lambda x: x[:-200]):
@@ -329,7 +329,7 @@ def test_as_many_pictures_are_decoded_at_a_time_as_there_are_workers_and_come_in
     assert [*data.decoded(work, range(30), workers)] == [*range(30)] and not [*data.decoded(work, [], workers)]
 
 
-def test_what_waits_is_not_decoded_any_more_where_an_epoch_is_left_early():
+def test_pictures_that_wait_are_not_decoded_any_more_where_an_epoch_is_left_early():
     begun, gate = [], threading.Event()
     found = data.decoded(lambda i: begun.append(i) or i == 0 or gate.wait(10), range(99), 2)
     next(found)
@@ -435,7 +435,7 @@ def windows(n, augment, epoch=0):
     return found
 
 
-def test_training_crops_are_windows_of_the_picture_all_of_them_flipped_or_not_equally_often():
+def test_training_crops_are_all_windows_of_the_picture_equally_often_and_half_are_flipped():
     """Section 4.1, "random cropping and horizontal flip"."""
     found = windows(2000, 'crop_flip')
     assert set(found) == set(itertools.product(range(4), range(6), (False, True)))

@@ -60,7 +60,7 @@ def test_the_learning_rate_rises_linearly_to_its_full_value_then_falls_as_half_a
     assert rates[peak + 1:] == sorted(set(rates[peak + 1:]), reverse=True)  # down, never level
 
 
-def test_of_100_epochs_10_are_warm_up_and_the_last_ends_at_nothing():
+def test_of_100_epochs_10_are_warm_up_and_the_last_one_ends_near_a_learning_rate_of_0():
     """Section 4.1: SGD, 100 epochs of 16 steps of 64 pictures. Momentum 0.9 is VPT's, batch 64 ours."""
     pets = train.settings_of(CONFIGS, 'pets', method='ivpt')
     loop = pets.loop
@@ -294,7 +294,7 @@ def test_a_live_line_is_for_a_terminal_and_the_next_line_takes_its_place(monkeyp
 
 
 @pytest.mark.parametrize('guess', [None, 9.0])
-def test_a_loss_above_that_of_a_guess_is_said_in_the_epoch_in_which_it_shows(guess, tmp_path, monkeypatch, capsys):
+def test_a_loss_above_that_of_a_guess_is_reported_in_the_epoch_in_which_it_shows(guess, tmp_path, monkeypatch, capsys):
     """A guess among C classes has a loss of ln C; a task with a loss of its own says another number.
     It is said the first time, and in the end."""
     load_with(monkeypatch, guess=guess)

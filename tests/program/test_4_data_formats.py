@@ -65,7 +65,7 @@ def test_a_task_without_its_folder_that_cannot_be_downloaded_says_which_folder_s
     assert [path.name for path in folder.iterdir()] == ['oxford_iiit_pet']
 
 
-def test_groups_are_the_19_and_the_5_tasks_each_once():
+def test_the_groups_contain_each_of_the_19_and_of_the_5_tasks_once():
     groups = CONFIGS['groups']
     assert [name for part in groups['vtab'] for name in groups[part]] == tasks_of('vtab')
     assert (len(tasks_of('vtab')), groups['fgvc']) == (19, tasks_of('fgvc'))
@@ -169,7 +169,7 @@ def read(name, content):
 
 @given(samples)
 @example({'a b.jpg': 1, ' ä "x" 3.jpg': 2, 'a\u2028b\x85c\x0cd': 3, "it's 4": 4})
-def test_lists_hold_any_name_of_a_file(found):
+def test_a_list_may_hold_any_name_of_a_file(found):
     expected = [(str(Path(name)), label) for name, label in found.items()]
     assert read('list.txt', ''.join(f'{name} {label}\n' for name, label in found.items()).encode()) == expected
     assert read('list.json', json.dumps(found).encode()) == expected
@@ -264,7 +264,7 @@ def test_images_that_pillow_reads_and_torchvision_does_not_name_are_taken(suffix
 
 
 @pytest.mark.parametrize('name', ['.ipynb_checkpoints', '__MACOSX', '.git', '__pycache__', '@eaDir'])
-def test_what_a_system_leaves_is_no_class_and_no_image(name, tmp_path):
+def test_what_an_operating_system_leaves_is_no_class_and_no_image(name, tmp_path):
     own(tmp_path, train={'cat': 2, 'dog__1.5': 2}, val={'cat': 1}, test={'cat': 2, 'dog__1.5': 1})
     for file in (f'train/{name}/0.png', f'test/{name}/0.png', f'train/cat/{name}/0.png', 'train/cat/._0.png',
                  'train/cat/.DS_Store', 'train/cat/Thumbs.db', 'test/cat/desktop.ini'):

@@ -98,7 +98,7 @@ def test_a_broken_test_picture_leaves_the_result_that_again_was_to_replace(tmp_p
 
 
 @pytest.mark.parametrize('epochs', [2, 3, 4, 9])
-def test_what_is_reported_and_kept_is_finite_and_a_lower_learning_rate_proposed(epochs, tmp_path, capfd):
+def test_what_is_reported_and_kept_is_finite_and_a_lower_learning_rate_is_proposed(epochs, tmp_path, capfd):
     """The last step of all may be the one that is too far: no loss comes after it."""
     far = dict(lr=1e6, weight_decay=1e6, epochs=epochs, batch=64, img_size=16)  # one step an epoch
     status = run(tmp_path, '--method', 'linear', **far)
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_the_last_good_epoch_is_ke
 
 
 @pytest.mark.parametrize('where', [(train.IVPT, 'forward'), (data, 'in_memory')])
-def test_a_gpu_with_too_little_memory_is_said_and_what_to_do_and_the_next_run_has_its_turn(
+def test_a_gpu_with_too_little_memory_is_reported_with_what_to_do_and_the_next_run_starts(
         where, tmp_path, refused, monkeypatch):
     """Whether the model needs it, or the training pictures."""
     def full(*args):
@@ -139,7 +139,7 @@ def test_a_gpu_with_too_little_memory_is_said_and_what_to_do_and_the_next_run_ha
     assert 'too little memory' in err and '--set batch=8' in err and '--set cache_gb=0' in err
 
 
-def test_ctrl_c_before_the_first_epoch_is_one_line_too(tmp_path, capfd, monkeypatch):
+def test_ctrl_c_before_the_first_epoch_ends_a_run_with_one_line(tmp_path, capfd, monkeypatch):
     def interrupted(settings):
         raise KeyboardInterrupt
     monkeypatch.setattr(data, 'load', interrupted)

@@ -33,7 +33,7 @@ def test_on_a_cpu_auto_is_bfloat16_where_it_has_instructions_for_it_and_the_mode
 
 
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'float16'])
-def test_a_run_is_in_the_format_that_is_asked_for_and_says_so_and_goes_on_in_no_other(
+def test_a_run_has_and_prints_the_format_that_is_asked_for_and_goes_on_in_no_other(
         precision, tmp_path, capsys, monkeypatch):
     seen, scored = set(), set()
 

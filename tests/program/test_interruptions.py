@@ -71,7 +71,7 @@ def test_a_run_that_was_stopped_and_went_on_leaves_what_one_that_never_stopped_l
 @pytest.mark.parametrize('name, nth', [('checkpoint.pth', 0), ('checkpoint.pth', 3), ('log.jsonl', 0), ('log.jsonl', 2),
                                        ('log.jsonl', 4), ('params.pth', 0), ('predictions.csv', 0),
                                        ('result.json', 0)])
-def test_a_run_that_was_stopped_in_a_write_has_no_result_and_goes_on_to_the_same(
+def test_a_run_that_was_stopped_in_a_write_has_no_result_and_goes_on_to_the_same_result(
         name, nth, tmp_path, monkeypatch, uninterrupted):
     """After the last log no epoch is left to write it again. A result is there only when its parameters are."""
     write, names = train.write, []
@@ -92,7 +92,7 @@ def test_a_run_that_was_stopped_in_a_write_has_no_result_and_goes_on_to_the_same
 
 @pytest.mark.parametrize('moment', ['rmtree', 'rename', 'checkpoint.pth', 'params.pth', 'predictions.csv',
                                     'result.json', 'end'])
-def test_again_may_be_killed_at_each_moment_and_goes_on_and_the_old_or_the_new_run_is_whole(
+def test_a_run_with_again_that_is_killed_goes_on_and_the_old_or_the_new_run_is_whole(
         moment, tmp_path, monkeypatch, uninterrupted):
     """Killed before the older one is removed, before the old one has its new name, before a file is written."""
     config = config_of(tmp_path, epochs=1)
@@ -117,7 +117,7 @@ def test_again_may_be_killed_at_each_moment_and_goes_on_and_the_old_or_the_new_r
     assert outcome(tmp_path) == uninterrupted(epochs=1) and train.read_result(folder.with_name('seed0.before'))
 
 
-def test_other_random_numbers_are_the_same_after_an_interruption_too(tmp_path, monkeypatch):
+def test_random_numbers_of_all_generators_are_the_same_after_an_interruption(tmp_path, monkeypatch):
     """A student who adds dropout keeps this property: the loop seeds all generators, epoch by epoch."""
     class Noise(torch.nn.Dropout):
         def forward(self, x):
@@ -239,7 +239,7 @@ def test_the_code_of_a_task_a_method_and_a_backbone_in_a_file_is_a_part_of_the_r
     assert {name for name in first if first[name] != other[name]} == {'code of method.py:head'}
 
 
-def test_another_machine_is_said(tmp_path, monkeypatch, capsys):
+def test_a_result_from_another_machine_is_named(tmp_path, monkeypatch, capsys):
     run_and_stop(monkeypatch, config_of(tmp_path))
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 99)
     train.run(config_of(tmp_path))
@@ -292,7 +292,7 @@ def test_a_damaged_result_or_parameters_of_another_run_are_made_again_from_the_c
     assert train.run(config) == first and file.read_bytes() == whole
 
 
-def test_a_folder_that_cannot_be_written_is_one_line_before_the_first_epoch_and_the_end_of_all(tmp_path, capfd):
+def test_a_folder_that_cannot_be_written_ends_all_runs_with_one_line_before_the_first_epoch(tmp_path, capfd):
     (tmp_path / 'file').write_text('')
     assert run(tmp_path / 'file', '--method', 'linear', '--seed', '0,1', img_size=24) == 2
     out, err = capfd.readouterr()
@@ -306,7 +306,7 @@ def test_kills_damages_and_a_full_disk_lose_nothing(tmp_path):
 
 
 @pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-def test_after_ctrl_c_and_sigterm_a_run_goes_on_as_if_nothing_had_been(number, status, tmp_path, uninterrupted):
+def test_after_ctrl_c_and_sigterm_a_run_goes_on_and_ends_as_an_unstopped_one(number, status, tmp_path, uninterrupted):
     def stopped_in_step_6():
         steps, backward = iter(range(99)), torch.Tensor.backward
         torch.Tensor.backward = lambda *args: (next(steps) == 5 and os.kill(os.getpid(), number), backward(*args))
@@ -339,7 +339,7 @@ def test_a_stream_that_nobody_reads_any_more_ends_a_run_as_it_ends_other_command
     assert faults.said(tmp_path / 'runs', 'err') == ''
 
 
-def test_a_stream_that_is_full_is_one_line(tmp_path):
+def test_a_full_output_stream_ends_a_run_with_one_line(tmp_path):
     def full():
         sys.stdout = open('/dev/full', 'w')
     assert faults.ended(faults.child(tmp_path / 'runs', full)) == 2

@@ -99,7 +99,7 @@ def test_the_examples_of_the_readme_run_as_they_stand_there(name, most, runs, sa
     assert said in capsys.readouterr().out and len(folders_of(tmp_path / 'runs')) == runs
 
 
-def test_what_it_returns_is_trained_on_and_tested_on_under_its_name(tmp_path, capsys):
+def test_a_run_trains_and_tests_on_the_pictures_that_a_task_function_returns(tmp_path, capsys):
     """The run's folder, the header and the result call the task by FILE.py:NAME."""
     argv = '--task', 'mine.py:greys', '--model', NANO, '--method', 'full'
     assert run(tmp_path / 'runs', *argv, lr=0.001, **SMALL) == 0
@@ -126,7 +126,7 @@ def test_what_it_returns_is_trained_on_and_tested_on_under_its_name(tmp_path, ca
     ('greys(settings, labels=(0, 2))', 'a label is 2, and not a class, an int from 0 to 1'),
     ("greys(settings, labels=('black', 'white'))", "a label is 'black', and not a class"),
     ("build('resnet')", "error: mine.py:task: unknown model 'resnet'")])  # what it says of wrong input is said as it is
-def test_a_task_that_raises_or_returns_something_else_is_one_line(what, said, file, refusal):
+def test_a_task_that_raises_or_returns_something_else_is_refused_with_one_line(what, said, file, refusal):
     file.write_text(GREYS.replace('WHAT', what))
     err = refusal('--task', 'mine.py:task')
     assert said in err and err.startswith(('error: mine.py:task: ', 'error: mine.py, line '))
@@ -137,7 +137,7 @@ def test_a_task_that_raises_or_returns_something_else_is_one_line(what, said, fi
     ('colours=[red, red]', "not ['red', 'red']"), ('colours=[red, pink]', 'colours is some of'),
     ('colours=[[1]]', 'not [[1]]'), ('ask=pink', 'pink'), ('ask=where_purple', 'where_purple')])
 @pytest.mark.parametrize('task', ['where_blue', 'shapes_masks'])
-def test_questions_looks_and_colours_that_the_shapes_do_not_have_are_one_line(task, setting, said, refusal):
+def test_questions_looks_and_colours_that_shapes_do_not_have_are_refused_with_one_line(task, setting, said, refusal):
     name, _, value = setting.partition('=')
     assert said in refusal('--task', task, **{name: value})
 
@@ -155,7 +155,7 @@ def test_a_task_of_configs_yaml_may_name_its_file_and_give_it_settings_of_its_ow
         train.settings_of(configs, 'mine', NANO, 'linear', {'answers': '3'})
 
 
-def test_what_the_code_of_a_task_or_a_method_raises_is_one_line_with_its_place_and_the_next_has_its_turn(
+def test_an_error_in_the_code_of_a_task_or_a_method_ends_a_run_with_one_line_and_its_place_and_the_next_run_starts(
         file, tmp_path, capfd):
     """In a forward pass while it trains, in a score, in what a picture becomes: there it is found before training."""
     file.write_text(GREYS.replace('WHAT', 'replace(greys(settings), score=lambda rows: rows[0][0])'))
@@ -181,7 +181,7 @@ def test_a_backbone_of_a_users_own_is_tuned_as_any_other(method, tmp_path):
 
 
 @pytest.mark.parametrize('option', ['--task', '--method', '--model'])
-def test_a_file_is_looked_for_here_and_beside_data_py_and_a_missing_or_wrong_one_is_one_line(
+def test_a_file_is_looked_for_here_and_beside_data_py_and_a_missing_or_wrong_one_is_refused_with_one_line(
         option, tmp_path, refusal):
     assert not (tmp_path / 'tests').exists() and len(data.load(tiny()).train) == 40
     (tmp_path / 'wrong.py').write_text('def f(:')
@@ -190,7 +190,7 @@ def test_a_file_is_looked_for_here_and_beside_data_py_and_a_missing_or_wrong_one
     assert 'mine.py:f: the file has no function by this name' in refusal(option, 'mine.py:f')
 
 
-def test_a_method_or_backbone_that_raises_or_is_no_module_or_has_no_size_or_no_weights_is_one_line(refusal):
+def test_a_method_or_backbone_that_raises_or_is_no_module_or_lacks_size_or_weights_is_refused_with_one_line(refusal):
     assert "no attribute 'no_such_part'" in refusal('--method', f'{own.__file__}:broken')
     assert ':nothing: it returned a int, and not a module' in refusal('--method', f'{own.__file__}:nothing')
     assert 'backbone.py:list_of: it returned a list, and not a module' in refusal('--model', 'backbone.py:list_of')

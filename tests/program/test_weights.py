@@ -43,8 +43,7 @@ def test_a_head_that_fits_is_taken_if_it_is_wanted_and_one_line_says_what_was_do
     assert all(torch.equal(x, here.state_dict()[name]) for name, x in there.state_dict().items() if 'head' not in name)
 
 
-def test_a_head_of_the_file_has_no_part_in_what_a_run_begins_with_nor_in_its_identity_whatever_the_method(
-        tmp_path, caplog):
+def test_a_head_of_the_file_changes_neither_the_first_head_of_a_run_nor_its_identity_with_any_method(tmp_path, caplog):
     """Other weights of the backbone give another identity."""
     state, backbones = vit.build(NANO).state_dict(), set()
     for method in 'linear', 'bias', 'full', 'vpt', 'ivpt':
@@ -119,7 +118,7 @@ def test_a_url_is_asked_once_for_a_file_of_any_kind(length, suffix, hub, server,
     assert len([record for record in caplog.records if 'downloading' in record.message]) == 1
 
 
-def test_one_url_is_one_file_whatever_it_differs_in(hub, server, tmp_path):
+def test_urls_that_differ_in_any_part_are_different_files(hub, server, tmp_path):
     """Query, folders, and the host. It may be one of a file."""
     paths = ['/p/q_r.pth', '/p_q/r.pth', '/p/q_r.pth?id=1', '/p/q_r.pth?id=2', '/q_r.pth']
     server.content = {path: save(tmp_path / 'a.pth', tiny(seed=i).state_dict()).read_bytes()
@@ -219,7 +218,7 @@ def test_a_head_starts_with_standard_deviation_0_02_and_bias_0(make):
 
 
 @pytest.mark.parametrize('method', ['ivpt', 'linear'])
-def test_what_is_read_is_a_setting_of_the_model_and_the_mean_for_mae(method):
+def test_the_readout_is_a_setting_of_the_model_and_the_mean_for_mae(method):
     model, _ = train.make_model(tiny_run(method=method, readout='mean'), task_of(n=9))
     assert getattr(model, 'vit', model).readout == 'mean'
     for name in CONFIGS['models']:
@@ -250,8 +249,7 @@ def test_every_model_has_a_source_and_what_its_inputs_were_normalised_with(name)
     assert weights == 'tests/experiments/nano.pth' or weights.startswith('https://')
 
 
-def test_the_default_tasks_backbone_comes_along_in_2_megabytes_and_is_found_from_any_folder(
-        tmp_path, monkeypatch, caplog):
+def test_the_default_tasks_backbone_is_a_file_of_2_megabytes_found_from_any_folder(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     settings = train.settings_of(CONFIGS, 'where_blue', method='ivpt')
     model, _ = train.make_model(settings, task_of(n=9))
@@ -262,7 +260,7 @@ def test_the_default_tasks_backbone_comes_along_in_2_megabytes_and_is_found_from
     assert not caplog.records
 
 
-def test_the_backbone_of_the_offline_tasks_knows_what_a_frame_asks():
+def test_the_backbone_of_the_offline_tasks_answers_what_a_frame_asks():
     """It is pre-trained on these questions; the head that answered them is in the file."""
     changes = {'n_train': 1, 'n_test': 300, 'precision': 'float32'}
     settings = train.settings_of(CONFIGS, 'shapes_framed', changes=changes)

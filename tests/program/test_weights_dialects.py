@@ -196,7 +196,7 @@ def test_of_two_vits_both_are_named_and_the_one_that_is_asked_for_is_taken(prefi
         assert prefix == 'encoder' or other.split('.')[0] in caplog.records[-2].message.partition('left is ')[2]
 
 
-def test_a_part_of_a_prefix_that_only_one_has_is_enough(tmp_path):
+def test_a_part_of_a_prefix_that_only_one_vit_has_chooses_this_vit(tmp_path):
     path, states = two(tmp_path, TWO[1])
     for asked, i in ('student.module', 0), ('module', 0), ('teacher', 1):
         vit.load_weights(here := tiny(), f'{path}#{asked}')
@@ -205,7 +205,7 @@ def test_a_part_of_a_prefix_that_only_one_has_is_enough(tmp_path):
         assert 'which ViT?' in refusal(tiny(), f'{path}#{asked}')
 
 
-def test_a_prefix_of_the_only_vit_may_be_named_and_no_other_and_a_path_may_have_the_mark_in_it(tmp_path):
+def test_the_prefix_of_the_only_vit_may_be_named_and_no_other_and_a_path_may_have_a_hash_sign(tmp_path):
     (tmp_path / 'runs#3').mkdir()
     path = save(tmp_path / 'runs#3' / 'weights.pth', {'model': state_of('timm')})
     agree(path, 'timm')
@@ -245,7 +245,7 @@ def sines(side, rows_first):
 
 
 @pytest.mark.parametrize('prefix', ['', 'module.', 'module.base_encoder.'])
-def test_the_small_vit_of_moco_v3_with_its_12_heads_is_told_by_its_positions(prefix, tmp_path):
+def test_the_small_vit_of_moco_v3_with_its_12_heads_is_recognised_by_its_positions(prefix, tmp_path):
     """Under any names; those of MAE and learned ones are none of them, nor are they for a model of 12 heads."""
     model, path = vit.ViT(12, 4, (384, 1, 6)), tmp_path / 'weights.safetensors'
     state = copy_of(model)

@@ -179,7 +179,7 @@ lying = st.one_of(
 
 
 @given(content=lying)
-def test_a_safetensors_header_that_lies_is_refused(content, folder):
+def test_a_false_safetensors_header_is_refused(content, folder):
     """In one of its entries, in all of them, in its length, or nested without end."""
     assume(content != safetensors(TRUTH))
     refusal(written(folder / 'lie.safetensors', content))
@@ -222,7 +222,7 @@ def rewritten(source, path, change):
 
 @given(shape=st.lists(st.integers(0, 2 ** 40), max_size=4) | st.sampled_from([[2 ** 32], [2 ** 40, 2 ** 40], [-1]]),
        descr=st.sampled_from(['<f4', '<f8', '|O', '|S0', '|V0', '<U9', '>f4', '<c8', '<M8[s]']))
-def test_an_array_header_that_lies_is_refused(shape, descr, whole, folder):
+def test_a_false_array_header_is_refused(shape, descr, whole, folder):
     assume(shape != [24, 8] or descr != '<f4')
 
     def change(member, content):
@@ -299,7 +299,7 @@ def test_tensors_without_real_numbers_of_their_own_are_refused(odd, folder):
 @pytest.mark.parametrize('dialect, name, x', [
     ('dinov2', 'blocks.0.ls1.gamma', torch.ones(2 ** 18)), ('timm', 'pos_embed', torch.ones(1, 2, 2 ** 21)),
     ('dinov2', 'blocks.0.attn.proj.bias', torch.ones(1))])
-def test_what_is_computed_on_the_way_cannot_grow_far_beyond_the_file(dialect, name, x, folder):
+def test_tensors_that_loading_computes_cannot_grow_far_beyond_the_file(dialect, name, x, folder):
     """diag(γ) of 2^18 gammas has 2^36 numbers; 2^21 at 1 position become 2^29 and more at 16 x 16."""
     with pytest.raises(InputError, match=name):
         vit.load_weights(tiny(pixels=64), save(folder / 'wide.pth', state_of(dialect) | {name: x}))

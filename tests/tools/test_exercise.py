@@ -57,7 +57,7 @@ def test_each_exercise_fails_when_blank_and_with_wrong_answers_and_passes_when_s
     assert status == 0 and re.search(r': right\. All [1-9]\d* sentences are true\.', said), said
 
 
-def test_a_wrong_answer_is_told_by_the_false_sentence_the_smallest_case_and_a_command(tmp_path, capsys, monkeypatch):
+def test_a_wrong_answer_is_shown_by_the_false_sentence_the_smallest_case_and_a_command(tmp_path, capsys, monkeypatch):
     """Vanilla CDC for CDC: they differ from the third layer on, and the case has three. The command can be given
     anywhere, and for a folder with a space in its name: in the project the same test passes."""
     one, test = EXERCISES[3], 'test_cdc_adds_the_previous_layers_prompts_and_the_first_layers_are_its_own'
@@ -89,7 +89,7 @@ def test_an_exercise_whose_tests_did_not_run_is_not_right(passed, trouble, words
     ('return schedule(step, steps, warmup)', '', 'what was seen  RecursionError'),
     ('return 1', 'CONSTANT = undefined', "could not be run. NameError: name 'undefined' is not defined"),
 ])
-def test_an_answer_that_never_ends_or_ends_everything_or_cannot_be_imported_is_told(
+def test_an_answer_that_never_ends_or_ends_everything_or_cannot_be_imported_is_reported(
         body, behind, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(exercise, 'LIMIT', 20 if 'while' in body else exercise.LIMIT)
     assert main(['11', str(tmp_path / 'copy')]) == 0
@@ -104,7 +104,7 @@ def test_an_answer_that_never_ends_or_ends_everything_or_cannot_be_imported_is_t
 
 
 @pytest.mark.parametrize('one', EXERCISES.values(), ids=lambda one: one.title)
-def test_of_a_function_only_the_body_goes_and_of_its_file_nothing_else(one):
+def test_only_the_body_of_a_function_is_removed_and_nothing_else_of_its_file(one):
     """In all exercises, and so all their functions are there."""
     source, copy = (PROJECT / one.file).read_text(encoding='utf-8'), exercise.blank(one)
     for name in one.functions:
@@ -192,7 +192,7 @@ def test_every_question_can_be_asked_and_chooses_settings_on_validation_pictures
     (['1'], 'NUMBER DIR'),
     (['check', 'DIR/full', 'more'], 'NUMBER DIR'),
 ])
-def test_bad_input_is_one_line_and_status_2_and_changes_nothing(argv, words, tmp_path, capsys):
+def test_bad_input_is_refused_with_one_line_and_status_2_and_changes_nothing(argv, words, tmp_path, capsys):
     for name, content in (('full/file', 'mine'), ('odd/EXERCISE.txt', '99')):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(content)
@@ -203,7 +203,7 @@ def test_bad_input_is_one_line_and_status_2_and_changes_nothing(argv, words, tmp
     assert sorted(tmp_path.rglob('*')) == before and (tmp_path / 'full/file').read_text() == 'mine'
 
 
-def test_a_function_that_is_no_longer_there_is_one_line(tmp_path, capsys, monkeypatch):
+def test_a_function_that_is_no_longer_there_is_refused_with_one_line(tmp_path, capsys, monkeypatch):
     """In the project, and in a copy whose function was renamed."""
     assert main(['3', str(tmp_path / 'old')]) == 0
     (tmp_path / 'old/ivpt.py').write_text('def other():\n    pass\n')
@@ -217,7 +217,7 @@ def test_a_function_that_is_no_longer_there_is_one_line(tmp_path, capsys, monkey
 
 @pytest.mark.parametrize('content, words', [
     (b'x = 1\ndef cdc(P)\n', 'line 2'), (b'\xff = 1\n', 'decode'), (b'x = 1\0\n', 'null bytes')])
-def test_what_is_not_python_is_told_in_one_line(content, words, tmp_path, capsys):
+def test_what_is_not_python_is_reported_in_one_line(content, words, tmp_path, capsys):
     assert main(['3', str(tmp_path / 'copy')]) == 0
     (tmp_path / 'copy/ivpt.py').write_bytes(content)
     status, said = checked(tmp_path / 'copy', capsys)

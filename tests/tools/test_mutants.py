@@ -133,7 +133,7 @@ def test_a_test_that_is_red_anyway_kills_nothing(few, project, monkeypatch):
         main(['--only', 'boundary'], project)
 
 
-def test_tests_that_call_the_function_of_a_mutant_are_asked_first(project):
+def test_tests_that_call_the_function_of_a_mutant_run_first(project):
     slow = 'import time\n\nimport ivpt\n\n\ndef test_slow():\n    time.sleep(0.2)\n    ivpt.f(2)\n'
     (project / 'tests/equations/test_slow.py').write_text(slow + '\n\ndef test_other():\n    pass\n')
     with ThreadPoolExecutor(2) as pool:

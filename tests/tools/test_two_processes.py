@@ -9,7 +9,7 @@ WAITS = '''
 import time
 from pathlib import Path
 
-def test_the_other_file_runs_meanwhile():
+def test_two_test_files_run_at_the_same_time():
     end = time.monotonic() + 30
     while not Path('other').exists():
         assert time.monotonic() < end
@@ -19,7 +19,7 @@ FAILS = '''
 import warnings
 from pathlib import Path
 
-def test_is_red():
+def test_one_is_two():
     Path('other').touch()
     print('a word')
     warnings.warn('a warning')
