@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +47,6 @@ class Pictures:
 
 
 # ---- A task ---------------------------------------------------------------------------------------------
-
 
 def centre(image, label, backbone, draws, seed):
     """No augmentation: the middle of an image [3, H, W], [3, S, S]; its label as it is."""
@@ -114,7 +114,7 @@ def check_task(task, settings):
     """Raise InputError if a task of a user's own is not what the rest of this file takes."""
     if not (isinstance(task, Task) and all(isinstance(x, (list, Files)) for x in (task.train, task.val, task.test))):
         raise InputError(f'it returned a {type(task).__name__}, and not a data.Task of lists or data.Files')
-    if not (isinstance(task.classes, list) and all(isinstance(name, str) for name in task.classes)):
+    if not (isinstance(task.classes, list) and task.classes and all(isinstance(name, str) for name in task.classes)):
         raise InputError(f'its classes are {repr(task.classes)[:100]}, and not a list of names')
     S, n = settings.backbone.img_size, len(task.classes)
     for pictures in task.train, task.val, task.test:
@@ -127,7 +127,7 @@ def check_task(task, settings):
                 raise InputError(f'a label is {repr(label)[:80]}, and not a class, an int from 0 to {n - 1}')
 
 
-def digest(task, folder):
+def fingerprint(task, folder):
     """What tells a task's pictures from others: count and SHA-256 of the classes, and of names within the data folder,
     sizes in bytes and labels of each set, in order."""
     found = {'class names': task.classes}
@@ -136,20 +136,24 @@ def digest(task, folder):
         rows = [(*identity(picture, folder), identity(label, folder))
                 for picture, label in getattr(pictures, 'samples', pictures)]
         found |= {f'{name} {what}': [row[i] for row in rows] for i, what in enumerate(('names', 'sizes', 'labels'))}
-    return {name: f'{len(x)} {hashlib.sha256(repr(x).encode()).hexdigest()[:12]}' for name, x in found.items()}
+    return {name: f'{len(x)} {digest(repr(x).encode())[:12]}' for name, x in found.items()}
+
+
+def digest(content):
+    """SHA-256 of bytes, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def identity(x, folder):
     """Name and size in bytes of a picture or a label; what is in memory is named by its SHA-256, a number by itself."""
     if isinstance(x, (torch.Tensor, np.ndarray)):
-        return hashlib.sha256(np.asarray(x).tobytes()).hexdigest(), x.nbytes
+        return digest(np.asarray(x).tobytes()), x.nbytes
     if isinstance(x, (str, Path)):
         return os.path.relpath(x, folder), os.path.getsize(x)
     return (str(x), 0) if callable(x) else x
 
 
 # ---- Doors: a task, a method or a backbone in a file that this project does not know --------------------
-
 
 LOADED = {}  # the files of code that came in, as they were named, by their whole paths
 
@@ -182,14 +186,13 @@ def find(where):
 def code_in(path):
     """The module that a file is: the file is run."""
     LOADED[os.path.abspath(path)] = path
-    spec = importlib.util.spec_from_file_location(path.stem, os.path.abspath(path))
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(str(path), os.path.abspath(path))
+    sys.modules[str(path)] = module = importlib.util.module_from_spec(spec)  # a dataclass looks there
     spec.loader.exec_module(module)
     return module
 
 
 # ---- Pictures in files ----------------------------------------------------------------------------------
-
 
 class Files(Dataset):
     """Pictures that are decoded when asked for, by samples of paths (or of what `read_image` takes in their place).
@@ -292,7 +295,6 @@ def decoded(work, requests, workers):
 
 # ---- Lists: VTAB-1k, 19 tasks, and FGVC, 5 tasks --------------------------------------------------------
 
-
 def vtab(settings):
     """VTAB-1k (Zhai et al., 2019) by its lists in DATA/vtab-1k/DIR/, or in DATA/DIR/ if DATA is vtab-1k/ itself. Where
     the first is missing, the function `instead` reads the task."""
@@ -319,8 +321,7 @@ def fgvc(settings):
     ids = sorted({label for _, label in read_list(root / 'train.json', images)})
     if len(ids) > how.classes:
         raise InputError(f'{root / "train.json"}: {len(ids)} classes, and not {how.classes}')
-    files = [root / f'{name}.json' for name in ('train', 'val', 'test')]
-    parts = [read_list(file, images, ids, 'is not in train.json') for file in files]
+    parts = [read_list(root / f'{name}.json', images, ids, 'is not in train.json') for name in ('train', 'val', 'test')]
     return compared(parts, [str(label) for label in ids], f"VPT's lists in {root}", settings)
 
 
@@ -422,7 +423,6 @@ def read_folder(path, notes, classes=None):
 
 
 # ---- Batches --------------------------------------------------------------------------------------------
-
 
 def batches(pictures, settings, device, epoch=None, augment=centre):
     """Yield (images float [B, 3, H, W], normalised, labels [B, ...]) on the device. With an epoch: shuffled, and

@@ -13,7 +13,6 @@ was interrupted, and does not repeat what is finished.
 import argparse
 import csv
 import difflib
-import hashlib
 import io
 import json
 import math
@@ -64,7 +63,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where things are and what computes. A run may go on with others of these settings: they change no number."""
+    """Where things are and what computes. They change no number: the contents of data and weights are compared."""
 
     data: str = 'data'  # the folder of the data sets; what is missing is downloaded into it
     weights: str = ''  # path or URL of a checkpoint; random for random values; '': one has to be named
@@ -75,7 +74,6 @@ class Machine:
 
 
 # ---- The loop -------------------------------------------------------------------------------------------
-
 
 class State(NamedTuple):
     """What training changes, and a checkpoint keeps."""
@@ -208,7 +206,6 @@ def number_format(precision, device, D):
 
 # ---- One run --------------------------------------------------------------------------------------------
 
-
 def run(settings, again=False):
     """The result of one method on one task with one seed. What is finished is not run again, but with `again`."""
     folder, device = folder_of(settings), find_device(settings.machine.device)
@@ -217,7 +214,7 @@ def run(settings, again=False):
     model, identity = make_model(settings, task)
     D = getattr(getattr(model, 'vit', model), 'D', 0)  # a method in a file may hide the backbone
     compute = Compute(device, *number_format(settings.loop.precision, device, D))
-    identity |= data.digest(task, settings.machine.data) | {'precision': compute.precision}
+    identity |= data.fingerprint(task, settings.machine.data) | {'precision': compute.precision}
     about = {'settings': as_dict(settings), 'identity': identity, 'environment': environment(device)}
     result = read_result(folder)
     if result and again:
@@ -239,11 +236,11 @@ def make_model(settings, task):
     backbone = make_backbone(settings, len(task.classes) if whole else 0)
     weights = [name.encode() + x.numpy().tobytes() for name, x in backbone.state_dict().items()
                if not name.startswith('head.')]
-    identity = {'backbone': digest(b''.join(weights))[:12], 'pictures by': task.source or settings.pictures.source}
+    identity = {'backbone': data.digest(b''.join(weights))[:12], 'pictures by': task.source or settings.pictures.source}
     for where in identity['pictures by'], settings.loop.tune, settings.backbone.build:
         if '.py:' in where:
             name = f'code of {Path(where).name}'  # two files may have one name
-            identity[name] = identity.get(name, '') + digest(data.find(where).read_bytes())[:12]
+            identity[name] = identity.get(name, '') + data.digest(data.find(where).read_bytes())[:12]
     model = tuned(backbone, len(task.classes), settings)
     return model if task.head is None else task.head(model, len(task.classes)), identity
 
@@ -268,7 +265,7 @@ def tuned(backbone, num_classes, settings):
     classes and the settings, to a module from images [B, 3, H, W] to logits [B, C]."""
     tune = settings.loop.tune
     if tune == 'prompts':
-        return getattr(backbone, 'IVPT', IVPT)(backbone, num_classes, settings.prompts)  # a Swin has its own
+        return getattr(backbone, 'IVPT', IVPT)(backbone, num_classes, settings.prompts)  # a backbone may have its own
     if '.py:' in tune:
         return data.from_file(tune, check_module, backbone.requires_grad_(False), num_classes, settings)
     if tune in ('head', 'bias'):  # bias: BitFit (Zaken et al., 2022)
@@ -292,7 +289,7 @@ def trained(model):
 def fit(folder, model, task, settings, compute, about):
     """Train the model from where the folder's checkpoint leaves it, score it, and write and return the result."""
     loop, lower = settings.loop, f'Lower the learning rate: --set lr={settings.loop.lr / 4:g}'
-    guess = task.guess or math.log(len(task.classes))  # its loss
+    guess = math.log(len(task.classes)) if task.guess is None else task.guess  # its loss
     learn, score = sets(task, settings)
     names = [data.identity(x, settings.machine.data)[0] for x, _ in getattr(score, 'samples', score)]
     learn = data.in_memory(learn, settings.machine, compute.device)
@@ -333,7 +330,8 @@ def rehearse(model, task, picture, settings, compute):
     right = 1, len(task.classes)
     if task.loss is torch.nn.functional.cross_entropy and logits.shape != right:
         raise InputError(f'{settings.method}: its logits of 1 image are {[*logits.shape]}, and not {[*right]}')
-    scores_of(task, as_csv(answers(model, task, [picture], settings, compute)))
+    if 'accuracy' not in scores_of(task, as_csv(answers(model, task, [picture], settings, compute))):
+        raise InputError(f'{settings.task}: its score has no number by the name accuracy')
 
 
 @torch.no_grad()
@@ -366,7 +364,7 @@ def finish(folder, state, task, rows, about):
               'score_on': loop['score_on'], 'measure': task.measure, **scores_of(task, predictions),
               'images': len(rows), 'trained_parameters': count(state.model), 'final_loss': state.records[-1]['loss'],
               'seconds': sum(record['seconds'] for record in state.records), 'classes': task.classes, **about,
-              'params_digest': digest(params), 'predictions_digest': digest(predictions)}
+              'params_digest': data.digest(params), 'predictions_digest': data.digest(predictions)}
     write(folder / 'params.pth', params)
     write(folder / 'predictions.csv', predictions)
     write(folder / 'result.json', (json.dumps(signed(result), indent=1) + '\n').encode())
@@ -414,7 +412,6 @@ def say(line, live=False):
 
 # ---- The folder of a run: its files are whole at every moment -------------------------------------------
 
-
 def name_of(settings):
     """METHOD[,NAME=VALUE,...], with the settings that the command line changed."""
     changes = [f'{name}={value}' for name, value in sorted(settings.changes.items())]
@@ -424,13 +421,8 @@ def name_of(settings):
 def folder_of(settings):
     """Where a run writes. Slashes in a name become `_`. A file system takes 255 bytes: a longer name has its digest."""
     names = [re.sub(r'[^\w.+=,-]', '_', name) for name in (settings.task, settings.model, name_of(settings))]
-    names = [x if len(x.encode()) < 250 else f'{x[:50]}-{digest(x.encode())[:12]}' for x in names]
+    names = [x if len(x.encode()) < 250 else f'{x[:50]}-{data.digest(x.encode())[:12]}' for x in names]
     return Path(settings.machine.runs, *names, f'seed{settings.loop.seed}')
-
-
-def digest(content):
-    """SHA-256 in hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def write(path, content):
@@ -468,7 +460,8 @@ def resume(folder, state, about):
     try:
         vit.check_zip(path)
         found = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception:  # cut short, a wrong checksum, code, which is not run
+        fixed(found), [found[name] for name in ('records', 'trained', 'optimizer', 'scaler', 'environment')]
+    except Exception:  # cut short, a wrong checksum, another file, code, which is not run
         return say(f'{path} is damaged and is not used')
     same(found, about, folder)
     state.model.load_state_dict(state.model.state_dict() | found['trained'])
@@ -515,13 +508,13 @@ def read_result(folder):
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         result = json.loads((folder / 'result.json').read_bytes())
         own = {name: x for name, x in result.items() if name != 'digest'}
-        found = [digest((folder / name).read_bytes()) for name in ('params.pth', 'predictions.csv')]
+        found = [data.digest((folder / name).read_bytes()) for name in ('params.pth', 'predictions.csv')]
         return own if signed(own) == result and found == [own['params_digest'], own['predictions_digest']] else None
 
 
 def signed(result):
     """A result with the digest of all that it says, by which a change of it is seen."""
-    return result | {'digest': digest(json.dumps(result).encode())}
+    return result | {'digest': data.digest(json.dumps(result).encode())}
 
 
 def as_csv(rows):
@@ -632,7 +625,7 @@ def checked(name, value, types, where):
     if kind in (str, int, float) and type(given) in (str, int) or (kind, type(value)) == (tuple, list):
         with suppress(ValueError, OverflowError):
             value = kind(value)  # YAML takes 1e-3 for a word
-    right = type(value) is kind
+    right = type(value) is kind and value == value  # nan is not equal to itself
     if rule and kind is str:
         words = f'one of {", ".join(filter(None, rule))}'
         right = value in rule or (right and 'FILE.py:NAME' in rule and '.py:' in value)
@@ -669,7 +662,6 @@ def read_configs():
 
 # ---- Command line ---------------------------------------------------------------------------------------
 
-
 def parser(doc):
     """What all programs take from the command line. A mistake is one line, as all others."""
     def refuse(message):
@@ -700,11 +692,11 @@ class Once(argparse.Action):
 def runs_of(args, configs):
     """The settings of all runs that a command line names."""
     changes, runs = changed(args), []
-    for task in dict.fromkeys(tasks_of(configs, named(args.task or 'where_red'))):
-        methods = args.method or str(entry(configs, 'tasks', task).get('method', 'ivpt'))
+    for task in dict.fromkeys(tasks_of(configs, named(args.task) or ['where_red'])):
+        methods = named(args.method) or named(str(entry(configs, 'tasks', task).get('method', 'ivpt')))
         runs += [settings_of(configs, task, model, method, changes | {'seed': seed})
-                 for model in named(args.model) or [None] for seed in named(args.seed) for method in named(methods)]
-    return runs
+                 for model in named(args.model) or [None] for seed in named(args.seed) for method in methods]
+    return [*{repr(settings): settings for settings in runs}.values()]  # each once: 0 and 00 are one seed
 
 
 def tasks_of(configs, names, inside=()):
@@ -733,8 +725,11 @@ def changed(args):
 
 
 def named(text):
-    """The names in A,B,..., each once; none in None."""
-    return list(dict.fromkeys(text.split(','))) if text else []
+    """The names in A,B,..., each once; none in None. Raises InputError for one without a letter."""
+    names = [] if text is None else [*dict.fromkeys(text.split(','))]
+    if '' in names:
+        raise InputError(f'a name is missing in {text!r}: give it, or leave the option out')
+    return names
 
 
 def attempt(said, work, *arguments):
@@ -752,14 +747,16 @@ def attempt(said, work, *arguments):
 
 def the_users(error):
     """The line for an error that the user can mend, with its place in code that came in. Raises one of this program."""
-    places = [f'{data.LOADED[frame.filename]}, line {frame.lineno}'
-              for frame in traceback.extract_tb(error.__traceback__) if frame.filename in data.LOADED]
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f'{data.LOADED[x.filename]}, line {x.lineno}' for x in frames if x.filename in data.LOADED]
     if isinstance(error, torch.OutOfMemoryError):
         return 'the GPU has too little memory: --set batch=8 takes smaller batches, --set cache_gb=0 keeps no pictures'
     if places and not isinstance(error, InputError):
         return f'{places[-1]}: {type(error).__name__}: {error}'
     if isinstance(error, (InputError, FloatingPointError, OSError, SyntaxError)):  # they name file or place
         return str(error)
+    if {'make_model', 'sets', 'rehearse', 'train'} & {x.name for x in frames}:
+        return f'task, model and method do not fit together: {type(error).__name__}: {error}'
     raise error
 
 

@@ -50,7 +50,6 @@ class Backbone:
 
 # ---- 3.1 The vision transformer -------------------------------------------------------------------------
 
-
 def attend(q, k, v):
     """softmax(q kᵀ / sqrt(d)) v: q [B, N_h, T, d] and k, v [B, N_h, T', d] -> [B, N_h, T, d].
 
@@ -249,7 +248,6 @@ def build(name, weights=None, num_classes=0, img_size=None, readout='cls'):
 
 # ---- Weights --------------------------------------------------------------------------------------------
 
-
 def load_weights(model, weights, head=True):
     """Copy a checkpoint into a model, exactly or not at all. model: a ViT, or another with `from_checkpoint` and sizes.
     weights: as for `fetch`. head: take its head, too, if it fits. `pos_embed` of another grid is resampled. Whatever
@@ -260,7 +258,7 @@ def load_weights(model, weights, head=True):
     state, own, kind = find_vit(read_state_dict(path, sums), prefix, path), model.state_dict(), type(model).__name__
     try:
         state = with_head(model.from_checkpoint(state), own, head, path)
-    except (IndexError, RuntimeError, ValueError) as error:  # a matrix that is a vector, layers of two widths
+    except (AttributeError, IndexError, RuntimeError, ValueError) as error:  # another interface, a vector for a matrix
         raise InputError(f'{path} does not fit this {kind}: {reason(error)}') from None
     wrong = {
         'missing': own.keys() - state.keys(),

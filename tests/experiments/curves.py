@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 
 from PIL import Image, ImageDraw, ImageFont
 
+import data
 import train
 from train import say
 
@@ -42,7 +43,7 @@ def picture_of(what, runs):
     name = ','.join([what, *filter(None, levels)])
     name = re.sub(r'[^\w.+=,-]', '_', name)
     if len(name) > 200:  # a file system takes 255 bytes
-        name = f'{name[:190]}-{train.digest(name.encode())[:8]}'
+        name = f'{name[:190]}-{data.digest(name.encode())[:8]}'
     return shared / f'{name}.png'
 
 

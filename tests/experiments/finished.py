@@ -60,7 +60,7 @@ def open_run(settings, given=(), photos=False):
     shown = replace(own, pictures=replace(own.pictures, instead='')) if photos else own  # photos: nothing is downloaded
     try:
         task = data.load(shown)
-        pictures = data.digest(task, own.machine.data)
+        pictures = data.fingerprint(task, own.machine.data)
     except InputError:
         if not photos or '.py:' in own.pictures.source:
             raise

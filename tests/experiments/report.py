@@ -42,7 +42,7 @@ def main(argv):
     methods = train.named(args.method)
     wanted = {'task': tasks, 'model': train.named(args.model), 'seed': seeds,
               'method': methods and [*methods, args.against]}
-    changes = {name: text for name, text in train.changed(args).items() if name not in train.UNNAMED}
+    changes = {name: text for name, text in train.changed(args).items() if name not in train.UNNAMED - {'weights'}}
     results = collect(Path(runs[0].machine.runs), wanted, changes)
     report(configs, results, train.named(args.task), methods)
     if args.against:
@@ -94,7 +94,7 @@ def whole(path):
 
 def has(result, changes):
     """Whether a run has settings, given as texts by name."""
-    values = train.fixed({'settings': result['settings'], 'identity': {}})
+    values = train.fixed(result | {'identity': {'weights': result['settings']['machine']['weights']}})
     return all(name in values and train.checked(name, text, {name: type(values[name])}, '--set') == values[name]
                for name, text in changes.items())
 

@@ -92,8 +92,8 @@ class SETR(nn.Module):
         tuned.head = self.vit.head = self.vit.norm = nn.Identity()
         self.vit.readout = 'mean'  # the last layer, too, updates all tokens
         self.head = Decoder(self.vit.D, num_classes, n=3)
-        self.read = [math.ceil(self.vit.L * part / 24) - 1 for part in (10, 15, 20, 24)]  # layers, from 0
-        self.auxiliary = nn.ModuleList(Decoder(self.vit.D, num_classes, n=1) for _ in self.read)
+        self.levels = [math.ceil(self.vit.L * part / 24) - 1 for part in (10, 15, 20, 24)]  # layers, from 0
+        self.auxiliary = nn.ModuleList(Decoder(self.vit.D, num_classes, n=1) for _ in self.levels)
         self.try_once()
 
     @property
@@ -107,7 +107,7 @@ class SETR(nn.Module):
         grey = self.vit.pos_embed.new_zeros(1, 3, self.vit.img_size, self.vit.img_size)
         Z = self.eval().tokens(grey)
         self.train()
-        if len(Z) < len(self.read) or any(x.shape[1] != self.vit.M for x in Z):
+        if len(Z) < len(self.levels) or any(x.shape[1] != self.vit.M for x in Z):
             raise InputError(f'segmentation reads [z_cls, Z] after layers; {type(self.tuned).__name__} has inherited '
                              'prompts or other tokens: take vpt, vanilla_cdc, cdc or cdc_da')
 
@@ -120,8 +120,8 @@ class SETR(nn.Module):
         return logits if self.training else logits[0]
 
     def tokens(self, images):
-        """The image tokens [B, M, D] that leave the layers to `read`, while the tuned model sees the images."""
-        Z, layers = {}, [self.vit.blocks[l] for l in self.read]
+        """The image tokens [B, M, D] that leave the layers `levels`, while the tuned model sees the images."""
+        Z, layers = {}, [self.vit.blocks[l] for l in self.levels]
 
         def keep(layer, inputs, outputs):
             Z[layer] = outputs[0][:, 1:]
@@ -224,7 +224,8 @@ def score(rows):
     """The scores of a task with masks, of rows as of `answers`: `accuracy` is the mIoU; `pixel_accuracy`; and, where
     the rows have several scales, `multi_scale`, the mIoU again."""
     right, missed, _ = total = sums(rows, '')
-    found = {'accuracy': mean_iou(*total), 'pixel_accuracy': sum(right.values()) / sum((right + missed).values())}
+    labelled = sum((right + missed).values())
+    found = {'accuracy': mean_iou(*total), 'pixel_accuracy': sum(right.values()) / labelled if labelled else math.nan}
     if 'right_ms' in rows[0]:
         found['multi_scale'] = mean_iou(*sums(rows, '_ms'))
     return found
@@ -243,9 +244,10 @@ def sums(rows, ending):
 
 
 def mean_iou(right, missed, wrong):
-    """Intersection over union, mean over the classes that are in masks or answers: pixels by class -> 0 to 1."""
+    """Intersection over union, mean over the classes that are in masks or answers: pixels by class -> 0 to 1; NaN if no
+    pixel has a label."""
     union = right + missed + wrong
-    return sum(right[c] / n for c, n in union.items()) / len(union)
+    return sum(right[c] / n for c, n in union.items()) / len(union) if union else math.nan
 
 
 # ---- Augmentation ---------------------------------------------------------------------------------------

@@ -173,6 +173,7 @@ def searches_of(runs, grid, configs):
                 check(name, settings, 'grid')
             points = [variant(settings, configs, dict(zip(own, values)) | {'score_on': 'val'})
                       for values in product(*own.values())]
+            points = [*{repr(point): point for point in points}.values()]  # 0.1 and 1e-1 are one
             searches[folder_of(final).parent] = Search([*own], points)
     return searches
 

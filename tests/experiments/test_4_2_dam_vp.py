@@ -172,6 +172,7 @@ def test_a_finished_run_answers_as_when_it_was_scored_without_the_file_of_its_st
         torch.manual_seed(i)  # nothing depends on it
         assert main([*argv, f'runs={tmp_path / str(i)}', f'cache_gb={i}']) == 0
         assert capsys.readouterr().out.endswith(f'--method dam_vp --set start={start}\n')
+    assert main(['--on', 'side_blue', *argv[2:], f'runs={tmp_path / "of one task"}']) == 0
     p, same = (vit.read_state_dict(start)['start'] for start in starts)
     assert p.equal(same)
     changes = dict(img_size=24, epochs=1, threshold=3.0, max_clusters=4, lr=1e-9, start=start)

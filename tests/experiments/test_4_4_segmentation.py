@@ -98,7 +98,7 @@ def test_table_7s_counts_are_those_of_the_models_whose_heads_read_blocks_9_14_19
     settings = train.settings_of(CONFIGS, 'ade20k', None, method, {'weights': 'random'})
     with torch.device('meta'):
         model = SETR(train.tuned(train.make_backbone(settings, 0), 150, settings), 150)
-    assert round(train.count(model) / 1e6, 2) == M and model.read == [9, 14, 19, 23]
+    assert round(train.count(model) / 1e6, 2) == M and model.levels == [9, 14, 19, 23]
     if method != 'cdc':  # the paper has it with DA alone
         assert report.read_published()['accuracies'][settings.model]['params'][method] == M
 
@@ -210,6 +210,10 @@ def test_miou_and_pixel_accuracy_are_those_of_a_loop_over_pixels_whose_largest_l
     expected = {'accuracy': mean(ratios), 'pixel_accuracy': mean(is_ == was for is_, was in pairs)}
     rows = segmentation.answers(pixelwise, pictures, how, CPU)
     assert score(train.from_csv(train.as_csv(rows))) == pytest.approx(expected)
+
+
+def test_pictures_without_a_label_have_no_score():
+    assert all(x != x for x in score([{'right': '', 'missed': '', 'wrong': ''}]).values())
 
 
 @pytest.mark.parametrize('scales, score_on, several', [

@@ -174,14 +174,16 @@ def test_all_photos_of_a_folder_are_answered_in_a_csv_file_and_the_first_ones_ar
             assert (name, share) == ('abcdef'[c], f'{p:.4f}') and likely.startswith(f'{name} {100 * p:.1f}%, ')
 
 
-def test_photos_of_one_name_in_two_folders_have_masks_of_their_own(tmp_path, monkeypatch):
+def test_each_photo_has_a_mask_of_its_own_and_without_photos_four_pictures_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'folder_of', lambda settings: tmp_path)
     files = [tmp_path / folder / 'cat.png' for folder in ('x', 'y')]
     for i, file in enumerate(files):
         save_picture(file, i)
     model = SimpleNamespace(answer=lambda image, settings, device: torch.zeros(image.shape[1:], dtype=torch.int64))
-    task, compute = data.Task([], [], [], ['a', 'b']), train.Compute(torch.device('cpu'), 'float32', '')
-    look.answers(SimpleNamespace(settings=None, task=task, model=model, compute=compute), [str(file) for file in files])
+    tests = 5 * [(torch.zeros(3, 9, 9, dtype=torch.uint8), torch.zeros(9, 9, dtype=torch.uint8))]
+    task, compute = data.Task([], [], tests, ['a', 'b']), train.Compute(torch.device('cpu'), 'float32', '')
+    run_ = SimpleNamespace(settings=None, task=task, model=model, compute=compute)
+    assert look.answers(run_, [str(file) for file in files]) == [] and len(look.answers(run_, [])) == 4
     assert {path.name for path in tmp_path.glob('*.png')} == {'x_cat-mask.png', 'y_cat-mask.png'}
 
 

@@ -10,6 +10,7 @@ from pictures import CONFIGS, run, table, tiny
 
 import answers
 import curves
+import data
 import published
 import report
 import sweep
@@ -34,7 +35,7 @@ def results(tmp_path):
         result = {'task': task, 'model': settings.model, 'method': method, 'seed': seed, 'accuracy': accuracy,
                   'score_on': settings.loop.score_on, 'measure': 'accuracy', 'trained_parameters': 1_500_000,
                   'settings': train.as_dict(settings), 'identity': identity, 'classes': ['cat', 'dog', 'cow'],
-                  'params_digest': train.digest(b'x'), 'predictions_digest': train.digest(rows)} | more
+                  'params_digest': data.digest(b'x'), 'predictions_digest': data.digest(rows)} | more
         files = {'params.pth': b'x', 'predictions.csv': rows, 'result.json': json.dumps(train.signed(result)).encode()}
         for name, content in files.items():
             train.write(folder / name, content)
@@ -133,6 +134,8 @@ def test_each_run_by_another_name_has_a_row_and_set_chooses_among_them(results, 
         '`vpt`': '50.0', '`vpt,N=5,lr=0.5`': '70.0', '`vpt,lr=0.5`': '60.0', '`vpt,search`': '80.0', '`ivpt`': '90.0'}
     assert [row[2] for row in reported('--method', 'vpt', '--set', 'lr=0.50')[0][2:]] == ['70.0', '60.0']
     assert [row[2] for row in reported('--set', 'lr=0.5', 'N=5')[0][2:]] == ['70.0']
+    results('where_blue', 'ivpt', 1, 0.4, {'weights': 'random'})
+    assert [row[2] for row in reported('--weights', 'random')[0][2:]] == ['40.0']
 
 
 @pytest.mark.parametrize('change, identity, said', [
@@ -324,6 +327,12 @@ def test_accuracy_by_class_and_the_most_frequent_confusions_are_over_all_seeds_a
     assert table_[2][2] == '25.0 ± 0.0' and '| class | pictures | `vpt` |' in out
     assert table_[-2:] == [['cat', '3', '33.3'], ['cow', '1', '0.0']]
     assert out.endswith('vpt: cat is taken for dog 4 times of 6\nvpt: cow is taken for cat 2 times of 2\n')
+
+
+def test_of_many_confusions_ten_are_printed(results, reported):
+    rows = [{'picture': c, 'class': c, 'taken_for': 0} for c in range(1, 12)]
+    results('where_blue', 'vpt', 0, 0.0, rows=rows, classes=[*'abcdefghijkl'])
+    assert reported('--classes')[1].count('is taken for') == 10
 
 
 def test_masks_are_compared_by_their_scores_over_seeds_alone():

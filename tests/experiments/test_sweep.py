@@ -56,12 +56,12 @@ def test_tasks_models_methods_and_seeds_are_multiplied_and_each_run_has_a_folder
 
 def test_a_point_is_the_run_with_its_values_and_a_search_ends_in_one_by_a_name_of_its_own(tmp_path, scored):
     asked = scored(lambda settings: settings.loop.lr)
-    assert sweeps(tmp_path, '--method', 'vpt', '--search', grid='{lr: [0.1, 0.07]}') == 0
+    assert sweeps(tmp_path, '--method', 'vpt', '--search', grid='{lr: [0.1, 0.07, 1e-1]}') == 0  # 1e-1 is 0.1
     assert train.as_dict(asked[0]) == train.as_dict(tiny(method='vpt', runs=tmp_path, lr=0.1, score_on='val'))
     first, second, final = map(train.name_of, asked)
     assert ',lr=0.1,' in first and first.endswith(',score_on=val')
     assert 'lr=' not in second and second.endswith(',score_on=val')  # 0.07 is the task's own
-    assert final.startswith('vpt,search,lr=0.1+0.07,') and asked[2].loop.lr == 0.1
+    assert final.startswith('vpt,search,lr=0.1+0.07+1e-1,') and asked[2].loop.lr == 0.1
     assert sweeps(tmp_path, '--method', 'vpt', '--search') == 0
     assert train.name_of(asked[-1]).startswith('vpt,search,batch=16,')  # the task's own grid
 

@@ -142,9 +142,9 @@ def test_without_the_lists_torchvisions_data_set_is_drawn_from(task, tmp_path, r
     files = [{str(path) for path, _ in part.samples} for part in (found.train, found.val, found.test)]
     assert not any(a & b for a, b in itertools.combinations(files[:2] if whole else files, 2))
     assert len(files[0] | files[1]) == 20
-    before = data.digest(found, tmp_path / 'here')
+    before = data.fingerprint(found, tmp_path / 'here')
     (tmp_path / 'here').rename(tmp_path / 'there')
-    assert before == data.digest(load(task, tmp_path / 'there')[1], tmp_path / 'there')
+    assert before == data.fingerprint(load(task, tmp_path / 'there')[1], tmp_path / 'there')
 
 
 def test_official_lists_take_precedence(tmp_path):

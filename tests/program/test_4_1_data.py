@@ -111,16 +111,16 @@ def rewrite(file, old, new):
         'train800.txt', 'train800', 'a')(folder), {'train names'})])
 def test_other_pictures_labels_and_names_are_differences(change, parts, tmp_path):
     folder = vtab(tmp_path)
-    before = data.digest(pets(tmp_path)[1], tmp_path)
+    before = data.fingerprint(pets(tmp_path)[1], tmp_path)
     change(folder)
-    assert differing(before, data.digest(pets(tmp_path)[1], tmp_path)) == parts
+    assert differing(before, data.fingerprint(pets(tmp_path)[1], tmp_path)) == parts
 
 
 def test_other_classes_other_pixels_and_another_order_are_differences():
     samples = numbered(3)
     task = data.Task(samples, samples[:2], samples[:1], ['a', 'b', 'c'])
     other = data.Task(samples[::-1], samples[:2], [(samples[1][0], 0)], ['a', 'c', 'b'])
-    assert differing(data.digest(task, ''), data.digest(other, '')) == {
+    assert differing(data.fingerprint(task, ''), data.fingerprint(other, '')) == {
         'class names', 'train names', 'train labels', 'test names'}
 
 
@@ -129,13 +129,13 @@ def test_another_pixel_or_another_file_of_a_mask_is_a_difference(tmp_path):
     names = [folder / f'images/train800/00000{i}.jpg' for i in range(3)]
     for one, two in (torch.zeros_like(other), other), (np.zeros((4, 4), np.uint8), other.numpy()), names[1:]:
         tasks = [data.Task(data.Files([(names[0], mask)], None), [], [], ['a']) for mask in (one, two)]
-        assert differing(*(data.digest(task, tmp_path) for task in tasks)) == {'train labels'}
+        assert differing(*(data.fingerprint(task, tmp_path) for task in tasks)) == {'train labels'}
 
 
 def test_pictures_made_of_arrays_with_the_colours_last_are_those_that_are_copied():
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)).permute(2, 0, 1)
     one, other = (task_of(pictures=[(x, 0)]) for x in (image, image.contiguous()))
-    assert not image.is_contiguous() and data.digest(one, '') == data.digest(other, '')
+    assert not image.is_contiguous() and data.fingerprint(one, '') == data.fingerprint(other, '')
     images = [epoch_of(task.train, tiny(img_size=20), 0)[0] for task in (one, other)]
     assert torch.equal(*images)
 

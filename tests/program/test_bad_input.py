@@ -18,11 +18,11 @@ WORDS = {name: get_args(kind)[1:] for name, kind in train.TYPES.items() if get_a
 
 @pytest.mark.parametrize('said, wrong', {  # what the line says, and of which command lines
     "unknown task 'pet': did you mean 'pets'?": ['--task pet'],
-    "unknown task ''": ['--task pets,'],
+    "a name is missing in '": ['--task pets,', '--seed 0,,1', '--seed=', '--method=', '--model='],
     "unknown method 'ivtp': did you mean 'ivpt'?": ['--method ivtp'],
     "unknown method 'magic': one of full, linear, bias, vpt_shallow, vpt": ['--method ivpt,magic'],
     "unknown model 'resnet50'": ['--model resnet50'],
-    'seed is a whole number from 0 to 4293, not': [f'--seed {x}' for x in ('one', '1:30', '0,,1', '-1', '4294')],
+    'seed is a whole number from 0 to 4293, not': [f'--seed {x}' for x in ('one', '1:30', '-1', '4294')],
     'unrecognized arguments: ': ['--seeds 0,1', '--report', '--epochs 3', 'pets'],
     '; a setting is changed by --set NAME=VALUE': ['--lr 0.5', '--set'],
     **{f'--set {name}=x: write --{name} x': [f'--set {name}=x'] for name in ('seed', 'task', 'method', 'model')},
@@ -56,6 +56,7 @@ def test_a_wrong_command_line_is_refused_with_the_nearest_known_name(said, wrong
     'source is one of vtab, fgvc, folder, FILE.py:NAME': ['source=mine.txt:greys', 'source='],
     **{f"{name} is one of {', '.join(filter(None, words))}, not 'swin'": [f'{name}=swin']
        for name, words in WORDS.items()},
+    'grain is a number, not': ['grain=nan'],
     'augment=flip: for where_blue it is crop_flip or none': ['augment=flip'],
     '0 to M=36 of the image tokens, not k=37': ['k=37'],
     'an image of 4 pixels is no whole number of patches of 8': ['img_size=4'],

@@ -253,17 +253,17 @@ class Code:
         return print, ('this was run',)
 
 
-def with_code(content):
-    torch.save(Code(), file := io.BytesIO())
+def saved(x):
+    torch.save(x, file := io.BytesIO())
     return file.getvalue()
 
 
 @pytest.mark.parametrize('damage', [
     lambda content: content[:len(content) // 2],
     lambda content: content[:5000] + bytes([content[5000] ^ 4]) + content[5001:],
-    lambda content: b'', with_code])
+    lambda content: b'', lambda content: saved(Code()), lambda content: saved({'b': torch.zeros(64)})])
 def test_a_damaged_checkpoint_is_named_and_the_run_starts_over(damage, tmp_path, monkeypatch, uninterrupted, capsys):
-    """One with code in it is damaged: the code is not run."""
+    """So is one with code in it, which is not run, and another file of tensors."""
     config = config_of(tmp_path)
     run_and_stop(monkeypatch, config, 3, 1)
     file = train.folder_of(config) / 'checkpoint.pth'

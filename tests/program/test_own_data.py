@@ -16,7 +16,8 @@ from vit import InputError
 README = (train.HERE / 'README.md').read_text(encoding='utf-8')
 SMALL = dict(img_size=16, epochs=1, k=2)
 GREYS = '''
-from dataclasses import replace
+from __future__ import annotations
+from dataclasses import dataclass, replace
 import torch
 import data
 from vit import build
@@ -27,6 +28,12 @@ def greys(settings, size=None, labels=(0, 1), dtype=torch.uint8, channels=3):
     size = size or settings.backbone.img_size
     pictures = [(torch.full((channels, size, size), 255 * (i % 2), dtype=dtype), labels[i % 2]) for i in range(40)]
     return data.Task(pictures[:20], pictures[20:30], pictures[30:], ['black', 'white'], ['black or white?'])
+
+
+@dataclass
+class Sizes:
+    """Which is one that looks for its file in sys.modules."""
+    n: int = 0
 
 
 def task(settings):
@@ -44,8 +51,13 @@ class Fails(Shift):
 class Flat(Shift):
     def forward(self, images):
         return super().forward(images)[:, 0]
+
+
+def frozen(vit, classes, settings):
+    return Shift(vit, classes, settings).requires_grad_(False)
 '''
 BACKBONE = '''
+import torch
 import vit
 
 
@@ -55,6 +67,10 @@ def two_layers(settings, num_classes):
 
 def list_of(settings, num_classes):
     return [two_layers(settings, num_classes)]
+
+
+def linear(settings, num_classes):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, num_classes))
 '''
 
 
@@ -198,6 +214,27 @@ def test_a_method_or_backbone_that_raises_or_is_no_module_or_lacks_size_or_weigh
         '--model', 'backbone.py:two_layers', img_size=0)
     assert 'backbone.py:two_layers has no weights of its own' in refusal(
         '--model', 'backbone.py:two_layers', weights='')
+
+
+@pytest.mark.parametrize('argv, said', [
+    ('--task mine.py:task', 'mine.py:task: its score has no number by the name accuracy'),
+    ('--model backbone.py:linear --method vpt', "do not fit together: AttributeError: 'Sequential' object has no"),
+    ('--method method.py:frozen', 'do not fit together: RuntimeError: element 0 of tensors does not require grad'),
+    ('--task mine.py:mixed', 'do not fit together: TypeError: can only concatenate list'),
+    ('--task mine.py:squares', 'do not fit together: RuntimeError: grad can be implicitly created only for scalar')])
+def test_what_does_not_fit_together_is_refused_with_one_line(argv, said, file, tmp_path, refused):
+    """The score is tried before the first epoch."""
+    file.write_text(GREYS.replace('WHAT', "replace(greys(settings), score=lambda rows: {'mIoU': 1})") + '''
+
+def mixed(settings):
+    return replace(greys(settings), val=data.Files([(__file__, 0)], 16))
+
+
+def squares(settings):
+    return replace(greys(settings), loss=lambda logits, labels: logits ** 2)
+''')
+    usual = {'--task': 'mine.py:greys', '--model': NANO} | dict(zip(argv.split()[::2], argv.split()[1::2]))
+    assert said in refused(*(word for option in usual.items() for word in option), **SMALL)
 
 
 def test_a_backbone_of_a_users_own_is_loaded_from_its_checkpoint(tmp_path):

@@ -100,7 +100,7 @@ def test_a_task_names_its_model_and_its_methods_and_the_command_line_may_name_ot
 
 def test_lists_and_groups_are_run_in_order_and_each_run_once():
     models = f'{NANO},vit_tiny_patch8_48'
-    argv = '--task', 'asked,shape_red', '--method', 'vpt,ivpt', '--seed', '0,2,0', '--model', models
+    argv = '--task', 'asked,shape_red', '--method', 'vpt,ivpt', '--seed', '0,2,00', '--model', models
     expected = [(task, model, seed, method) for task in ('where_blue', 'shape_red')
                 for model in (NANO, 'vit_tiny_patch8_48') for seed in (0, 2) for method in ('vpt', 'ivpt')]
     assert [(s.task, s.model, s.loop.seed, s.method) for s in runs_of(*argv)] == expected

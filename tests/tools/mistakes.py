@@ -99,6 +99,12 @@ EQUIVALENT = {
     ").encode())": 'the same JSON in one line',
     'tests/experiments/look.py labelled constant: draw.rectangle((0, TILE - 15, 4 + font.getlength(words), TILE), '
     "fill='black') -> draw.rectangle((0, TILE - 15, 5 + font.getlength(words), TILE), fill='black')": 'a pixel',
+    'tests/experiments/look.py labelled constant: draw.rectangle((0, TILE - 15, 4 + font.getlength(words), TILE), '
+    "fill='black') -> draw.rectangle((0, TILE - 16, 4 + font.getlength(words), TILE), fill='black')": 'a pixel',
+    "tests/experiments/look.py labelled constant: draw.text((2, TILE - 15), words, fill='white', font=font) -> "
+    "draw.text((3, TILE - 15), words, fill='white', font=font)": 'a pixel',
+    "tests/experiments/look.py labelled keyword: draw.text((2, TILE - 15), words, fill='white', font=font) -> "
+    'draw.text((2, TILE - 15), words, font=font)': "white is Pillow's default",
     "tests/experiments/look.py main keyword: options.add_argument('--image', nargs='+', default=[], metavar='FILE', "
     "action='extend', -> options.add_argument('--image', nargs='+', default=[], action='extend',":
         'a word of --help, IMAGE for FILE'}
