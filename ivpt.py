@@ -17,7 +17,6 @@ from vit import InputError, init_linear
 
 # ---- 3.3 Cross-layer dynamic connection -----------------------------------------------------------------
 
-
 def cdc(P):
     """Eq. 4. P̂^0 = P^0 and P̂^l = P^l + P^{l-1}: prompts P [L, N, D] -> P̂ [L, N, D]."""
     return torch.cat([P[:1], P[1:] + P[:-1]])
@@ -76,7 +75,6 @@ def reweight_cdc_da(q, W_K, p, p_previous, gamma):
 
 
 # ---- 3.5 Attentive reinforcement ------------------------------------------------------------------------
-
 
 def top_k(w, k):
     """Eq. 14. Ω: the positions of the k largest weights of each image, largest first: [..., M] -> [..., k]."""
@@ -209,7 +207,6 @@ class IVPT(nn.Module):
 
 
 # ---- What happens inside, layer by layer (Figure 7) -----------------------------------------------------
-
 
 @torch.no_grad()
 def look(model, images):

@@ -528,7 +528,7 @@ def as_csv(rows):
 
 def from_csv(content):
     """The rows of a table of CSV as dicts of texts."""
-    return list(csv.DictReader(io.StringIO(content.decode(), newline='')))
+    return list(csv.DictReader(io.StringIO(content.decode())))
 
 
 # ---- Settings -------------------------------------------------------------------------------------------

@@ -31,10 +31,7 @@ log = logging.getLogger('ivpt')
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong. The message is one line: what, where, and what to do."""
-
-    def __init__(self, message):
-        super().__init__(' '.join(message.split()))
+    """Something that the user gave is wrong. The message says what, where, and what to do."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ def pytest_configure(config):
 
 # ---- Two files at a time --------------------------------------------------------------------------------
 
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
     """Run the test files in two processes, each file whole in one of them, and say what they found in pytest's order.

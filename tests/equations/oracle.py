@@ -16,7 +16,6 @@ def close(actual, expected):
 
 # ---- 3.1 ViT and VPT ------------------------------------------------------------------------------------
 
-
 def embed(vit, images):
     """[z_cls^0, Z^0]: each patch is cut out and projected by itself; positions are added."""
     p, side = vit.patch_size, vit.img_size // vit.patch_size
@@ -91,7 +90,6 @@ def eq_3(block, z_cls, P, Z):
 
 # ---- 3.3 CDC and DA -------------------------------------------------------------------------------------
 
-
 def psi(gamma, P):
     """Eq. 6, the double sum: gamma [N, N], P [N, D] -> [N, D]."""
     rows = []
@@ -119,7 +117,6 @@ def prompts(structure, P, gamma=None):
 
 
 # ---- 3.5 AR ---------------------------------------------------------------------------------------------
-
 
 def top_k(w, k):
     """Eq. 14 for each image: the positions of the k largest weights, in descending order."""
@@ -157,7 +154,6 @@ def ivpt(model, images):
 
 
 # ---- Comparing ------------------------------------------------------------------------------------------
-
 
 def gradients(output, inputs, cotangent):
     """The gradients of the sum of output * cotangent for each input; zeros where it has no part."""

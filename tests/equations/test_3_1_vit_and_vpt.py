@@ -30,7 +30,6 @@ def tokens_and_prompts(case):
 
 # ---- Vision transformer, Eq. 1 --------------------------------------------------------------------------
 
-
 @every_readout
 @given(cases())
 def test_a_vit_is_its_layers_one_after_the_other_and_classifies_what_it_reads(readout, case):
@@ -47,7 +46,6 @@ def test_a_vit_is_its_layers_one_after_the_other_and_classifies_what_it_reads(re
 
 
 # ---- Prompts are context, Eq. 2 -------------------------------------------------------------------------
-
 
 @given(cases())
 def test_prompts_as_context_are_prompts_in_the_sequence_with_their_outputs_dropped_forwards_and_backwards(case):
@@ -85,7 +83,6 @@ def test_the_class_tokens_weights_are_its_row_of_the_attention_matrix_averaged_o
 
 
 # ---- The model ------------------------------------------------------------------------------------------
-
 
 @every_readout
 @every_method
@@ -127,7 +124,6 @@ def test_look_removes_its_hooks_even_if_the_model_fails():
 
 # ---- Number formats -------------------------------------------------------------------------------------
 
-
 @settings(max_examples=settings().max_examples // 5)
 @given(cases())
 def test_attention_in_bfloat16_on_a_cpu_is_attention_to_its_rounding_forwards_and_backwards(case):
@@ -152,7 +148,6 @@ def test_the_fused_kernel_is_used_wherever_it_is_the_faster_one(monkeypatch):
 
 
 # ---- What is trained ------------------------------------------------------------------------------------
-
 
 @every_method
 def test_the_papers_parameters_are_trained_in_its_shapes_each_gets_a_gradient_and_the_backbone_none(method):

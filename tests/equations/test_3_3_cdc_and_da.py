@@ -16,7 +16,6 @@ fewer = settings(max_examples=settings().max_examples // 2)
 
 # ---- The equations --------------------------------------------------------------------------------------
 
-
 @given(cases())
 def test_cdc_adds_the_previous_layers_prompts_and_the_first_layers_are_its_own(case):
     """Eq. 4. P̂^l = P^l + P^{l-1} and P̂^0 = P^0. Not P̂^{l-1}, which would carry all layers before."""
@@ -63,7 +62,6 @@ def test_under_autocast_P_hat_has_no_rounding_of_its_own_so_da_with_gamma_the_id
 
 
 # ---- "eliminates the positional constraints" ------------------------------------------------------------
-
 
 @fewer
 @given(cases(L=(2, 4), N=(2, 4)))

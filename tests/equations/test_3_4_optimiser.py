@@ -57,7 +57,6 @@ def invert(structure, P_hat, gamma=None):
 
 # ---- No structure is another model ----------------------------------------------------------------------
 
-
 @pytest.mark.parametrize('structure', STRUCTURES)
 @given(cases())
 def test_P_hat_is_a_matrix_over_the_layers_times_P_with_ones_on_its_diagonal_and_nothing_above(structure, case):
@@ -89,7 +88,6 @@ def test_vpt_and_all_kinds_of_cdc_are_the_same_models_with_ar_and_without(method
 
 # ---- A Aᵀ -----------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize('structure', ['vpt', 'vanilla_cdc', 'cdc'])
 @given(st.integers(1, 24))
 def test_A_A_transposed_is_what_its_closed_form_says(structure, L):
@@ -117,7 +115,6 @@ def test_layers_that_move_together_learn_fastest_and_layers_that_alternate_slowe
 
 
 # ---- Training P is training P̂ with another gradient ----------------------------------------------------
-
 
 def steps_of(model, case, multiplied=None):
     """Train a model by SGD on new images at each of 60 steps, with a warm-up and a cosine, momentum 0.9 and weight
@@ -180,7 +177,6 @@ def test_a_run_of_vpt_with_the_multiplied_gradient_ends_with_the_prompts_of_a_ru
 
 # ---- Where that ends: AdamW, clipped gradients ----------------------------------------------------------
 
-
 @pytest.mark.parametrize('how, cdcs, vpts', [
     ('SGD', [-1, -2], [-1, -2]),
     ('AdamW', [-1, -2], [-1, -1]),
@@ -203,7 +199,6 @@ def test_with_adamw_or_clipped_gradients_cdc_is_not_vpt_with_a_multiplied_gradie
 
 # ---- Weight decay ---------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize('decay, ends', [(1e-4, '0.82'), (1e-3, '0.13'), (1e-2, '0.00')])
 def test_weight_decay_takes_gamma_from_the_identity_to_0_where_there_is_no_gradient(decay, ends):
     """The three points of VPT's grid, at learning rate 0.25 with momentum 0.9: 100 epochs of 16 steps, 10 of warm-up.
@@ -220,7 +215,6 @@ def test_weight_decay_takes_gamma_from_the_identity_to_0_where_there_is_no_gradi
 
 
 # ---- AR alone adds functions ----------------------------------------------------------------------------
-
 
 def where_the_choice_changes(model, start, end):
     """Two images between start and end, as near as numbers allow, that AR chooses other tokens for."""

@@ -56,7 +56,6 @@ def normalised(w):
 
 # ---- VPT, Eq. 7 -----------------------------------------------------------------------------------------
 
-
 @given(cases())
 def test_the_weight_of_a_prompt_is_the_exponential_of_its_scaled_score(case):
     """Eq. 7. w_i ∝ exp(qᵀ W_K p_i / sqrt(D / N_h)), written with two loops."""
@@ -90,7 +89,6 @@ def test_eq_7_to_13_for_all_layers_at_once_equal_a_loop_over_layers(case):
 
 
 # ---- CDC, Eq. 8-10, and DA, Eq. 11-13 -------------------------------------------------------------------
-
 
 def test_eq_10_gives_05_89_05_on_the_blackboard():
     """q = (1, 0), W_K = I, d = 2. The previous layer's prompts point at the query by -2, 3 and 0."""
@@ -146,7 +144,6 @@ def test_da_with_gamma_off_its_diagonal_gives_weights_that_cdc_cannot_give():
 
 
 # ---- What the section leaves out ------------------------------------------------------------------------
-
 
 def test_the_mean_over_heads_is_not_itself_reweighted():
     """Eq. 10 for the mean over heads would be w̃_i ∝ mean(w_i) mean(α̃_i). One head may be, two are not."""

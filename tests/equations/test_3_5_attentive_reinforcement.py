@@ -21,7 +21,6 @@ def weights(case):
 
 # ---- The choice, Eq. 14 ---------------------------------------------------------------------------------
 
-
 @given(cases())
 def test_Omega_lists_the_positions_of_the_k_largest_in_descending_order(case):
     """Eq. 14. Ω = Topk(w̃, k): "the descending order indices of the largest k elements". k = M leaves out none."""
@@ -40,7 +39,6 @@ def test_with_equal_weights_k_positions_with_the_largest_weights_are_chosen(case
 
 # ---- Reinforcement, Eq. 15 ------------------------------------------------------------------------------
 
-
 @given(cases())
 def test_tokens_in_Omega_change_by_P_re_in_order_of_saliency_and_no_other_by_a_bit_and_none_is_copied(case):
     """Eq. 15. Z̃[Ω] = Z[Ω] + P_re: the r-th most salient token gets the r-th row. Z̃ lies where Z lay. Backwards, row r
@@ -54,7 +52,6 @@ def test_tokens_in_Omega_change_by_P_re_in_order_of_saliency_and_no_other_by_a_b
 
 
 # ---- In the model ---------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize('method', ['cdc_ar', 'ivpt'])
 def test_at_real_sizes_in_float32_the_model_is_the_literal_form_too(method):
@@ -116,7 +113,6 @@ def test_the_model_with_k_0_is_the_model_without_reinforcement(aggregation):
 
 # ---- Number formats -------------------------------------------------------------------------------------
 
-
 def test_the_weights_of_eq_14_are_in_float32_under_autocast(monkeypatch):
     """Ω follows the order of w̃, and of many tokens that matter little the weights are one number in bfloat16. So it is
     in the last layer, which Figure 7 shows and where the image tokens are context."""
@@ -138,7 +134,6 @@ def test_the_weights_of_eq_14_are_in_float32_under_autocast(monkeypatch):
 
 
 # ---- Whether prompts are in the softmax -----------------------------------------------------------------
-
 
 def prompts_change_the_order_of_image_tokens(case):
     """By w̃ of an attention, with prompts in its softmax and without."""

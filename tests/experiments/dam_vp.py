@@ -128,7 +128,6 @@ dam_vp = DAMVP  # what configs.yaml names
 
 # ---- Reptile: the prompt that all start with ------------------------------------------------------------
 
-
 def meta_step(p, models, batches, lr, weight_decay):
     """The prompt p [3, n] after one step of Reptile. Each cluster of each task starts with p and takes a few steps of
     SGD on the task's batch, (images, labels), as its head does, which keeps them. Then p goes a part of the way to the

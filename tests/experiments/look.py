@@ -78,7 +78,6 @@ def photos(names):
 
 # ---- Where the class token looks ------------------------------------------------------------------------
 
-
 def maps(run, files):
     """The number of a picture, a strip of words and a row of tiles, uint8 [3, 18 or TILE + 4, W], for each photo, whose
     likely classes are said, or for four test pictures of a run's task."""
@@ -183,7 +182,6 @@ def caption(words, row):
 
 
 # ---- What a run takes each pixel for (4.4) --------------------------------------------------------------
-
 
 def answers(run, files):
     """Four test pictures of a run's task, each a list: the picture, its mask and the run's answer, painted. Of photos

@@ -54,7 +54,6 @@ def main(argv):
 
 # ---- Results --------------------------------------------------------------------------------------------
 
-
 def collect(folder, wanted, changes):
     """The test results below a folder by (model, task, name of the run, seed), each with its `rows`, those of
     predictions.csv. A result counts as what it says of itself, wherever it lies; a run that was set aside does not.
@@ -105,7 +104,6 @@ def name_of(result):
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------
-
 
 def report(configs, results, names=(), methods=()):
     """Print a table for each backbone. names: of tasks and groups; methods: rows; without any, all that there are."""

@@ -45,7 +45,6 @@ ADE20K_CLASSES = 150
 
 # ---- SETR's heads on a tuned ViT ------------------------------------------------------------------------
 
-
 class Decoder(nn.Module):
     """A head of SETR-PUP (Zheng et al., 2021): image tokens Z [B, M, D] -> logits [B, C, H', W'] on a coarse grid.
 
@@ -149,7 +148,6 @@ def loss(logits, masks):
 
 # ---- The class of each pixel, and the score ------------------------------------------------------------
 
-
 @torch.no_grad()
 def segment(model, image, size, scales=(1.0,)):
     """The class of each pixel of a normalised image [3, H, W] -> [H, W]. Its shorter side becomes each of the scales
@@ -252,7 +250,6 @@ def mean_iou(right, missed, wrong):
 
 # ---- Augmentation ---------------------------------------------------------------------------------------
 
-
 def centre(image, mask, backbone, draws, seed):
     """No augmentation: the middle of an image [3, H, W] and of its mask [H, W]."""
     return center_crop(image, backbone.img_size), center_crop(mask, backbone.img_size)
@@ -293,7 +290,6 @@ def distort(image, rng):
 
 
 # ---- Tasks with masks -----------------------------------------------------------------------------------
-
 
 def task(train, val, test, classes, notes=(), scales=()):
     """A data.Task of pictures and masks: `augment` may be scale_crop and, for lists, none.

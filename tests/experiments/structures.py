@@ -112,7 +112,6 @@ class Express(VPTShallow):
 
 # ---- Methods: tune: tests/experiments/structures.py:NAME -----------------------------------------------
 
-
 def vpt_shallow(backbone, num_classes, settings):
     """VPT-shallow on a ViT with N prompts. Raises InputError as `check` does; so do the next two."""
     check(backbone, settings.prompts)

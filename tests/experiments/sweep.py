@@ -57,7 +57,6 @@ def main(argv):
 
 # ---- By turns -------------------------------------------------------------------------------------------
 
-
 def run_all(runs, again=False, searches=None):
     """The results of runs, {} for one that failed. What is wrong with one is said once, and the next has its turn.
 
@@ -96,7 +95,6 @@ def told(store, settings):
 
 # ---- The values that are tried --------------------------------------------------------------------------
 
-
 def tunable(settings):
     """What a search or a sweep may change, by name: how is trained, the prompts, what a function in a file takes."""
     values = vars(settings.loop) | vars(settings.prompts) | vars(settings.options)
@@ -129,7 +127,6 @@ def with_values(settings, values):
 
 
 # ---- Search ---------------------------------------------------------------------------------------------
-
 
 class Search(NamedTuple):
     """The runs at the points of a grid, and the names of the settings in which they differ."""
@@ -214,7 +211,6 @@ def say_edges(best, values):
 
 
 # ---- The runs at each value of a setting (Figure 5) -----------------------------------------------------
-
 
 def over(runs, text, again, configs):
     """Make runs at each value in NAME=A,B,C, print their accuracies and draw them. Returns the exit status."""

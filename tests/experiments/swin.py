@@ -20,7 +20,6 @@ from vit import InputError
 
 # ---- The backbone ---------------------------------------------------------------------------------------
 
-
 class WindowAttention(vit.Attention):
     """Attention in windows of w x w of the H x H tokens, with a learned bias for each relative position.
 
@@ -196,7 +195,6 @@ def parse_name(name):
 
 
 # ---- Prompts on it ----------------------------------------------------------------------------------------
-
 
 class IVPTSwin(ivpt.IVPT):
     """iVPT on a frozen Swin: images [B, 3, H, W] -> logits [B, C].

@@ -53,7 +53,6 @@ def prototypes():
 
 # ---- Held against the authors' code ---------------------------------------------------------------------
 
-
 def test_the_prompt_is_the_authors_frame_added_to_the_pixels():
     model, seen = model_of(c=torch.zeros(1, 32)), []
     model.frames.data.copy_(P)
@@ -85,7 +84,6 @@ def test_a_step_of_reptile_is_that_of_the_authors_code():
 
 
 # ---- Clusters -------------------------------------------------------------------------------------------
-
 
 def literally(x, threshold, most):
     """Average linkage as a set of sets."""

@@ -130,7 +130,6 @@ def test_no_image_changes_the_prompts_of_vpt_and_of_all_kinds_of_cdc(method, cas
 
 # ---- VPT-shallow, (B) ProVP and (C) EXPRESS -------------------------------------------------------------
 
-
 def test_the_residuals_of_express_start_at_zero():
     """So EXPRESS starts as VPT-shallow; its prompts start as VPT's, within its bound, and the head as everywhere."""
     model = inheriting('express', plain_vit(SMALL), 3, Prompts(N=2))

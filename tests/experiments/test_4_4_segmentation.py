@@ -44,7 +44,6 @@ def noise_picture(seed, *shape):
 
 # ---- SETR -----------------------------------------------------------------------------------------------
 
-
 def literal_features(model, images):
     """The image tokens of each layer; prompts, if any, are concatenated."""
     backbone = getattr(model, 'vit', model)
@@ -134,7 +133,6 @@ def test_what_segmentation_is_not_made_for_is_refused_with_one_line(method, mode
 
 
 # ---- Windows and scores ---------------------------------------------------------------------------------
-
 
 def pixelwise(images):
     """Logits of a pixel by its own colours alone."""
@@ -235,7 +233,6 @@ def test_pixels_count_as_right_or_as_missed_by_their_class_and_wrong_for_the_cla
 
 # ---- Augmentation ---------------------------------------------------------------------------------------
 
-
 def picture_of(mask):
     """An image whose colours say what its mask has: 40 times the class; 250 where nothing is labelled."""
     return (40 * mask.float()).where(mask != IGNORED, torch.tensor(250.0)).to(torch.uint8).repeat(3, 1, 1)
@@ -333,7 +330,6 @@ def test_setrs_schedule_falls_to_a_hundredth():
 
 # ---- Pictures of shapes with masks ----------------------------------------------------------------------
 
-
 def test_a_mask_is_where_the_blue_shape_is_and_says_which_shape():
     how = settings(n_train=30, n_val=5, n_test=5, grain=0.0)
     task = data.load(how)
@@ -369,7 +365,6 @@ def test_masks_and_scales_that_cannot_be_used_are_refused(train, val, test, scal
 
 
 # ---- Pictures and masks in files: ADE20K, and a task of one's own ---------------------------------------
-
 
 def save(pixels, path):
     path.parent.mkdir(parents=True, exist_ok=True)

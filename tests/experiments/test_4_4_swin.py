@@ -91,7 +91,6 @@ def tuned(case, size, method='ivpt'):
 
 # ---- The literal form ------------------------------------------------------------------------------------
 
-
 def window_bias(attn, rolled, H, w, s, N):
     """Bias and mask of one window with N prompts in front: [N_h, N + w², N + w²], for each query i and key j.
 
@@ -152,7 +151,6 @@ def literal_ivpt(model, images):
 
 
 # ---- The backbone ----------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_names_and_shapes_in_their_order_and_logits_are_those_of_timm(dtype, tolerance):
@@ -218,7 +216,6 @@ def test_names_of_swins_are_those_of_timm_and_others_are_refused(name, parts):
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------
 
-
 def vit_nano():
     return vit.build('vit_nano_patch8_48')
 
@@ -266,7 +263,6 @@ def test_what_a_swin_cannot_represent_is_refused_by_name_and_so_is_a_swin_by_a_v
 
 
 # ---- VPT, CDC, DA and AR on it ---------------------------------------------------------------------------
-
 
 def test_vpt_is_that_of_its_authors_but_for_the_prompts_in_their_mean():
     """They let the last layer's prompts ask as well, and average N + 49 tokens. Keys and values are enough for the

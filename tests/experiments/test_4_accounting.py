@@ -56,7 +56,6 @@ def mean_of(group, method, part=''):
 
 # ---- Parameters -----------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize('group, method, part, count, digits', [
     ('vtab', 'cdc', 'P', 0.361, 3),  # Table 8's text, 0.36M
     ('vtab', 'ivpt', 'P_re', 0.184, 3),  # Table 8's text, 0.18M, since AR acts L-1 = 11 times: after 12, 0.20M
@@ -120,7 +119,6 @@ def test_2_52M_of_dam_vp_are_35_5_clusters_a_task_or_36_1_if_heads_are_not_count
 
 
 # ---- What is in configs.yaml and published.yaml ---------------------------------------------------------
-
 
 def test_tasks_in_configs_yaml_have_the_prompts_of_the_paper():
     """Tables 16 and 15, row by row."""
@@ -233,7 +231,6 @@ def test_consistently_means_in_every_group_and_not_in_every_task(method, other, 
 
 
 # ---- GFLOPs ---------------------------------------------------------------------------------------------
-
 
 def multiply_adds(forward, *kinds):
     """Multiply-adds of one image at 224 pixels, in G: all, or those of some kinds of operation. autocast is left out,

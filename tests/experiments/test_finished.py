@@ -175,7 +175,6 @@ def test_the_first_pictures_are_answered_again_in_whole_batches_and_no_others(ru
 
 # ---- What it was made of --------------------------------------------------------------------------------
 
-
 def pets(folder, name='data'):
     return tiny('pets', runs=folder / 'runs', data=folder / name, **SMALL, n_train=8, n_val=3, n_test=5)
 
@@ -244,7 +243,6 @@ def test_wrong_input_is_refused_with_one_line(argv, change, said, program, runs,
 
 
 # ---- Curves ---------------------------------------------------------------------------------------------
-
 
 def coloured(path, colour, area):
     """How many pixels of an area have just this colour."""

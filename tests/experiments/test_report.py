@@ -274,7 +274,6 @@ def test_a_report_shows_what_the_runs_printed(tmp_path, reported):
 
 # ---- Answers --------------------------------------------------------------------------------------------
 
-
 def rows_of(right):
     """Rows of predictions.csv: of pictures of class 0, taken for it where `right` has a 1, else for class 1."""
     return [{'picture': f'{i}.png', 'class': 0, 'taken_for': 1 - x, 'probability': 0.5} for i, x in enumerate(right)]

@@ -183,7 +183,6 @@ def test_one_seed_draws_the_same_pictures_and_another_seed_others():
 
 # ---- The tasks ------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize('ask', ['frame', 'where_blue'])
 def test_no_picture_of_shapes_is_in_two_sets(ask):
     task = data.load(tiny(ask=ask, n_train=50, n_val=50, n_test=50))

@@ -53,7 +53,6 @@ def test_tasks_models_methods_and_seeds_are_multiplied_and_each_run_has_a_folder
 
 # ---- Search ---------------------------------------------------------------------------------------------
 
-
 def test_a_point_is_the_run_with_its_values_and_a_search_ends_in_one_by_a_name_of_its_own(tmp_path, scored):
     asked = scored(lambda settings: settings.loop.lr)
     assert sweeps(tmp_path, '--method', 'vpt', '--search', grid='{lr: [0.1, 0.07, 1e-1]}') == 0  # 1e-1 is 0.1
@@ -163,7 +162,6 @@ def test_pre_training_keeps_settings_of_its_own():
 
 # ---- The runs at each value of a setting, Figure 5 ------------------------------------------------------
 
-
 @pytest.fixture
 def drawn(monkeypatch):
     """What `curves.lines` is given instead of drawing it: (path, names, ticks, curves)."""
@@ -237,7 +235,6 @@ def test_a_search_or_a_sweep_that_cannot_be_made_is_refused_in_one_line(argv, sa
 
 
 # ---- torchrun -------------------------------------------------------------------------------------------
-
 
 def torchrun(folder, *argv, killed_at=0, **changes):
     """`torchrun --standalone --nproc-per-node 2 --max-restarts 3 sweep.py ARGV`, by torchrun's own agent, but in

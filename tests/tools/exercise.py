@@ -202,7 +202,6 @@ def names(exercise):
 
 # ---- Making a copy --------------------------------------------------------------------------------------
 
-
 def find(tree, name, file):
     """The definition of 'f' or 'Class.f' in a syntax tree. Raises InputError if there is none."""
     for part in name.split('.'):
@@ -250,7 +249,6 @@ def make(number, folder):
 
 
 # ---- Checking it ----------------------------------------------------------------------------------------
-
 
 def check(folder):
     """Run the tests of the exercise that a folder is a copy for, and print what they found. Returns 0 or 1."""

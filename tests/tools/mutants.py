@@ -72,7 +72,6 @@ class Mutant(NamedTuple):
 
 # ---- Making them ----------------------------------------------------------------------------------------
 
-
 def mutant_of(file, text, function, change):
     """The mutant with a change (kind, start, end, new text), shown with its lines. Lines below keep their numbers."""
     kind, start, end, new = change
@@ -171,7 +170,6 @@ def others(node, text):
 
 
 # ---- Running them ---------------------------------------------------------------------------------------
-
 
 def sources(root):
     """The files that are changed, by name: the test files of each."""

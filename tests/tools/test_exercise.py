@@ -40,7 +40,6 @@ def checked(folder, capsys):
 
 # ---- The tests of an exercise ---------------------------------------------------------------------------
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize('number', EXERCISES)
 def test_each_exercise_fails_when_blank_and_with_wrong_answers_and_passes_when_solved(number, tmp_path, capsys):
@@ -101,7 +100,6 @@ def test_an_answer_that_never_ends_or_ends_everything_or_cannot_be_imported_is_r
 
 
 # ---- The copy -------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize('one', EXERCISES.values(), ids=lambda one: one.title)
 def test_only_the_body_of_a_function_is_removed_and_nothing_else_of_its_file(one):
@@ -176,7 +174,6 @@ def test_every_question_can_be_asked_and_chooses_settings_on_validation_pictures
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize('argv, words', [
     (['0', 'DIR/new'], "no exercise '0': they count from 1 to 11"),
