@@ -43,9 +43,10 @@ def vanilla_cdc(P):
 
 # ---- 3.4 Understanding cross-layer dynamic connection ---------------------------------------------------
 #
-# For one layer, or several at once in front ("..."), and for one head or all: q [N_h, d] is the class
-# token's query and W_K [N_h, d, D] the key projection. LayerNorm is left out, as in the paper, and so is
-# the key's bias, which adds the same q·b to every key and cancels in the softmax.
+# An explanation: the model never calls these functions. They are for one layer, or several at once in front
+# ("..."), and for one head or all: q [N_h, d] is the class token's query and W_K [N_h, d, D] the key
+# projection. LayerNorm is left out, as in the paper, and so is the key's bias, which adds the same q·b to
+# every key and cancels in the softmax.
 
 
 def attention_weight(q, W_K, p):

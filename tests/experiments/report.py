@@ -5,12 +5,13 @@
     python tests/experiments/report.py --task pets --set lr=0.5     the runs with this rate
     python tests/experiments/report.py --task pets --method ivpt --classes
 
-A row is a run's folder, METHOD[,NAME=VALUE,...], with mean ± standard deviation over its seeds, and their number where
-it is not the row's. A group is the mean of its tasks, and empty as long as one is missing. The paper's number stands
-below where the runs are the paper's experiment: its pictures, weights, epochs, image size, prompts. Where they are not,
-a line below the table says why. Accuracies are read from predictions.csv.
+A row is a run's folder, METHOD[,NAME=VALUE,...], without what all rows have, with mean ± standard deviation over its
+seeds, and their number where it is not the row's. A group is the mean of its tasks, and empty as long as one is
+missing. The paper's number stands below where the runs are the paper's experiment: its pictures, weights, epochs, image
+size, prompts. Where they are not, a line below the table says why. Accuracies are read from predictions.csv.
 """
 
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -43,7 +44,9 @@ def main(argv):
     wanted = {'task': tasks, 'model': train.named(args.model), 'seed': seeds,
               'method': methods and [*methods, args.against]}
     changes = {name: text for name, text in train.changed(args).items() if name not in train.UNNAMED - {'weights'}}
-    results = collect(Path(runs[0].machine.runs), wanted, changes)
+    results, shared = shortened(collect(Path(runs[0].machine.runs), wanted, changes))
+    if shared:
+        say(f'all of them: {",".join(shared)}')
     report(configs, results, train.named(args.task), methods)
     if args.against:
         say_against(results, args.against)
@@ -77,6 +80,15 @@ def collect(folder, wanted, changes):
         raise InputError(f'{folder}: no finished run of what is named; train it first, or name the folder with '
                          '--set runs=DIR')
     return results
+
+
+def shortened(results):
+    """Results by names without the settings that all of them have, and these."""
+    words = [re.split(',(?! )', name) for _, _, name, _ in results]  # in a list there are spaces after commas
+    shared = [word for word in words[0][1:] if all(word in x for x in words)]
+    names = [','.join(word for word in x if word not in shared) for x in words]
+    return {(model, task, name, seed): result | {'name': name}
+            for name, ((model, task, _, seed), result) in zip(names, results.items())}, shared
 
 
 def whole(path):
@@ -182,7 +194,7 @@ def say_differences(task, results):
         found = {}
         for result, values in zip(results, about):
             if name in values and name not in result['settings']['changes']:  # its row says these
-                found.setdefault(str(values[name]), []).append(name_of(result))
+                found.setdefault(str(values[name]), []).append(result['name'])
         if len(found) > 1:
             words = [f'{x} for {"/".join(dict.fromkeys(runs))}' for x, runs in found.items()]
             say(f'{task}: {name} is ' + ', '.join(words))

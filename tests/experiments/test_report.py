@@ -132,7 +132,9 @@ def test_each_run_by_another_name_has_a_row_and_set_chooses_among_them(results, 
     results('where_blue', 'ivpt', 0, 0.9)
     assert {row[0]: row[2] for row in reported()[0][2:]} == {
         '`vpt`': '50.0', '`vpt,N=5,lr=0.5`': '70.0', '`vpt,lr=0.5`': '60.0', '`vpt,search`': '80.0', '`ivpt`': '90.0'}
-    assert [row[2] for row in reported('--method', 'vpt', '--set', 'lr=0.50')[0][2:]] == ['70.0', '60.0']
+    rows, out = reported('--method', 'vpt', '--set', 'lr=0.50')
+    assert [row[::2] for row in rows[2:]] == [['`vpt`', '60.0'], ['`vpt,N=5`', '70.0']]
+    assert out.startswith('all of them: lr=0.5\n')
     assert [row[2] for row in reported('--set', 'lr=0.5', 'N=5')[0][2:]] == ['70.0']
     results('where_blue', 'ivpt', 1, 0.4, {'weights': 'random'})
     assert [row[2] for row in reported('--weights', 'random')[0][2:]] == ['40.0']
@@ -269,7 +271,7 @@ def test_a_report_shows_what_the_runs_printed(tmp_path, reported):
     for row, method in zip(rows, ('linear', 'ivpt')):
         settings = [tiny(method=method, seed=seed, runs=tmp_path, img_size=24, epochs=1) for seed in (0, 1)]
         found = [train.read_result(train.folder_of(s))['accuracy'] for s in settings]
-        assert row[0] == f'`{train.name_of(settings[0])}`' and row[2] == curves.spread(found)
+        assert row[0] == f'`{settings[0].method}`' and row[2] == curves.spread(found)
 
 
 # ---- Answers --------------------------------------------------------------------------------------------

@@ -225,13 +225,8 @@ def test_a_method_or_backbone_that_raises_or_is_no_module_or_lacks_size_or_weigh
 def test_what_does_not_fit_together_is_refused_with_one_line(argv, said, file, tmp_path, refused):
     """The score is tried before the first epoch."""
     file.write_text(GREYS.replace('WHAT', "replace(greys(settings), score=lambda rows: {'mIoU': 1})") + '''
-
-def mixed(settings):
-    return replace(greys(settings), val=data.Files([(__file__, 0)], 16))
-
-
-def squares(settings):
-    return replace(greys(settings), loss=lambda logits, labels: logits ** 2)
+mixed = lambda settings: replace(greys(settings), val=data.Files([(__file__, 0)], 16))
+squares = lambda settings: replace(greys(settings), loss=lambda logits, labels: logits ** 2)
 ''')
     usual = {'--task': 'mine.py:greys', '--model': NANO} | dict(zip(argv.split()[::2], argv.split()[1::2]))
     assert said in refused(*(word for option in usual.items() for word in option), **SMALL)
