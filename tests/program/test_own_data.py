@@ -103,9 +103,9 @@ def result_of(runs):
 
 @pytest.mark.parametrize('name, most, runs, said', [
     ('my_data.py', 9, 1, '600 + 200 images for training and validation, 200 for testing, 4 classes'),
-    ('my_method.py', 20, 2, '(b [64], head.weight [9, 64], head.bias [9])')])
+    ('my_method.py', 20, 1, '(b [64], head.weight [9, 64], head.bias [9])')])
 def test_the_examples_of_the_readme_run_as_they_stand_there(name, most, runs, said, tmp_path, capsys):
-    """A task, and a method beside VPT, in so many lines at most."""
+    """A task, and a method, in so many lines at most."""
     section = README[README.index(f'`{name}`'):]
     code = re.search(r'```python\n(.*?)```', section, re.DOTALL)[1]
     command = re.search(rf'^python train.py (.*{name}.*)$', section, re.MULTILINE)[1].split()
