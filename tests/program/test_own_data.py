@@ -223,7 +223,6 @@ def test_a_method_or_backbone_that_raises_or_is_no_module_or_lacks_size_or_weigh
     ('--task mine.py:mixed', 'do not fit together: TypeError: can only concatenate list'),
     ('--task mine.py:squares', 'do not fit together: RuntimeError: grad can be implicitly created only for scalar')])
 def test_what_does_not_fit_together_is_refused_with_one_line(argv, said, file, tmp_path, refused):
-    """The score is tried before the first epoch."""
     file.write_text(GREYS.replace('WHAT', "replace(greys(settings), score=lambda rows: {'mIoU': 1})") + '''
 mixed = lambda settings: replace(greys(settings), val=data.Files([(__file__, 0)], 16))
 squares = lambda settings: replace(greys(settings), loss=lambda logits, labels: logits ** 2)

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -170,7 +171,7 @@ def multiply_adds(model, args):
     """Multiply-adds of the forward pass, by torch's counter, an image's share of a batch (a batch shares the
     keys and values of its prompts): in all, and in linear maps alone."""
     images, _ = batch(args)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused one is not counted
         model.eval().requires_grad_(False)(images)
     counts = counter.get_flop_counts()['Global']
     linear = sum(n for op, n in counts.items() if any(word in str(op) for word in ('addmm', 'convolution', '.mm')))

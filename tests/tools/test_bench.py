@@ -37,6 +37,7 @@ def test_a_method_of_configs_yaml_is_prepared_and_its_steps_are_those_of_trainin
     bench.step(model, images, labels, 'float32')
     assert model.training
     assert all(p.requires_grad != p.equal(before[name]) for name, p in model.named_parameters())
+    assert bench.multiply_adds(model, args)[0] > bench.multiply_adds(model, args)[1]  # attention is no linear map
 
 
 def test_each_variant_in_each_format_has_the_ratios_to_the_plain_vit_in_its_format_and_in_float32(args):
