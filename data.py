@@ -4,7 +4,6 @@ A picture is a pair: a uint8 tensor [3, H, W] and its label, the number of its c
 A set of pictures is a list of those, or `Files`, which decodes them when asked for, by samples: (path, label).
 """
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -28,7 +27,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-from vit import InputError
+from vit import InputError, digest
 
 
 @dataclass(frozen=True)
@@ -139,11 +138,6 @@ def fingerprint(task, folder):
     return {name: f'{len(x)} {digest(repr(x).encode())[:12]}' for name, x in found.items()}
 
 
-def digest(content):
-    """SHA-256 of bytes, in hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
-
-
 def identity(x, folder):
     """Name and size in bytes of a picture or a label; what is in memory is named by its SHA-256, a number by itself."""
     if isinstance(x, (torch.Tensor, np.ndarray)):
@@ -172,6 +166,12 @@ def from_file(where, check, *arguments):
             raise  # of the function: with its place
         raise InputError(f'{where}: {error}') from None
     return made
+
+
+def check_module(model, *arguments):
+    """Raise InputError for what is no module."""
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f'it returned a {type(model).__name__}, and not a module')
 
 
 def find(where):

@@ -63,7 +63,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where things are and what computes. They change no number: the contents of data and weights are compared."""
+    """Where things are and what computes. A run may go on with others, if data and weights have the same contents."""
 
     data: str = 'data'  # the folder of the data sets; what is missing is downloaded into it
     weights: str = ''  # path or URL of a checkpoint; random for random values; '': one has to be named
@@ -236,11 +236,11 @@ def make_model(settings, task):
     backbone = make_backbone(settings, len(task.classes) if whole else 0)
     weights = [name.encode() + x.numpy().tobytes() for name, x in backbone.state_dict().items()
                if not name.startswith('head.')]
-    identity = {'backbone': data.digest(b''.join(weights))[:12], 'pictures by': task.source or settings.pictures.source}
+    identity = {'backbone': vit.digest(b''.join(weights))[:12], 'pictures by': task.source or settings.pictures.source}
     for where in identity['pictures by'], settings.loop.tune, settings.backbone.build:
         if '.py:' in where:
             name = f'code of {Path(where).name}'  # two files may have one name
-            identity[name] = identity.get(name, '') + data.digest(data.find(where).read_bytes())[:12]
+            identity[name] = identity.get(name, '') + vit.digest(data.find(where).read_bytes())[:12]
     model = tuned(backbone, len(task.classes), settings)
     return model if task.head is None else task.head(model, len(task.classes)), identity
 
@@ -251,7 +251,7 @@ def make_backbone(settings, num_classes):
     if not weights:
         raise InputError(f'{settings.model} has no weights of its own: name a file with --weights FILE, or random')
     if how.build:
-        backbone = data.from_file(how.build, check_module, settings, num_classes)
+        backbone = data.from_file(how.build, data.check_module, settings, num_classes)
     else:
         backbone = vit.build(settings.model, None, num_classes, how.img_size, how.readout)
     if weights != 'random':  # a file beside this one comes with the project
@@ -267,17 +267,11 @@ def tuned(backbone, num_classes, settings):
     if tune == 'prompts':
         return getattr(backbone, 'IVPT', IVPT)(backbone, num_classes, settings.prompts)  # a backbone may have its own
     if '.py:' in tune:
-        return data.from_file(tune, check_module, backbone.requires_grad_(False), num_classes, settings)
+        return data.from_file(tune, data.check_module, backbone.requires_grad_(False), num_classes, settings)
     if tune in ('head', 'bias'):  # bias: BitFit (Zaken et al., 2022)
         for name, p in backbone.named_parameters():
             p.requires_grad_(name.startswith('head.') or (tune == 'bias' and name.endswith('.bias')))
     return backbone
-
-
-def check_module(model, *arguments):
-    """Raise InputError for what is no module."""
-    if not isinstance(model, torch.nn.Module):
-        raise InputError(f'it returned a {type(model).__name__}, and not a module')
 
 
 def trained(model):
@@ -364,7 +358,7 @@ def finish(folder, state, task, rows, about):
               'score_on': loop['score_on'], 'measure': task.measure, **scores_of(task, predictions),
               'images': len(rows), 'trained_parameters': count(state.model), 'final_loss': state.records[-1]['loss'],
               'seconds': sum(record['seconds'] for record in state.records), 'classes': task.classes, **about,
-              'params_digest': data.digest(params), 'predictions_digest': data.digest(predictions)}
+              'params_digest': vit.digest(params), 'predictions_digest': vit.digest(predictions)}
     write(folder / 'params.pth', params)
     write(folder / 'predictions.csv', predictions)
     write(folder / 'result.json', (json.dumps(signed(result), indent=1) + '\n').encode())
@@ -421,7 +415,7 @@ def name_of(settings):
 def folder_of(settings):
     """Where a run writes. Slashes in a name become `_`. A file system takes 255 bytes: a longer name has its digest."""
     names = [re.sub(r'[^\w.+=,-]', '_', name) for name in (settings.task, settings.model, name_of(settings))]
-    names = [x if len(x.encode()) < 250 else f'{x[:50]}-{data.digest(x.encode())[:12]}' for x in names]
+    names = [x if len(x.encode()) < 250 else f'{x[:50]}-{vit.digest(x.encode())[:12]}' for x in names]
     return Path(settings.machine.runs, *names, f'seed{settings.loop.seed}')
 
 
@@ -460,7 +454,8 @@ def resume(folder, state, about):
     try:
         vit.check_zip(path)
         found = torch.load(path, map_location='cpu', weights_only=True)
-        fixed(found), [found[name] for name in ('records', 'trained', 'optimizer', 'scaler', 'environment')]
+        if not {'settings', 'identity', 'environment', 'records', 'trained', 'optimizer', 'scaler'} <= found.keys():
+            raise ValueError('another file')
     except Exception:  # cut short, a wrong checksum, another file, code, which is not run
         return say(f'{path} is damaged and is not used')
     same(found, about, folder)
@@ -508,13 +503,13 @@ def read_result(folder):
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         result = json.loads((folder / 'result.json').read_bytes())
         own = {name: x for name, x in result.items() if name != 'digest'}
-        found = [data.digest((folder / name).read_bytes()) for name in ('params.pth', 'predictions.csv')]
+        found = [vit.digest((folder / name).read_bytes()) for name in ('params.pth', 'predictions.csv')]
         return own if signed(own) == result and found == [own['params_digest'], own['predictions_digest']] else None
 
 
 def signed(result):
     """A result with the digest of all that it says, by which a change of it is seen."""
-    return result | {'digest': data.digest(json.dumps(result).encode())}
+    return result | {'digest': vit.digest(json.dumps(result).encode())}
 
 
 def as_csv(rows):
@@ -625,7 +620,7 @@ def checked(name, value, types, where):
     if kind in (str, int, float) and type(given) in (str, int) or (kind, type(value)) == (tuple, list):
         with suppress(ValueError, OverflowError):
             value = kind(value)  # YAML takes 1e-3 for a word
-    right = type(value) is kind and value == value  # nan is not equal to itself
+    right = type(value) is kind and (kind is not float or math.isfinite(value))
     if rule and kind is str:
         words = f'one of {", ".join(filter(None, rule))}'
         right = value in rule or (right and 'FILE.py:NAME' in rule and '.py:' in value)
@@ -725,7 +720,7 @@ def changed(args):
 
 
 def named(text):
-    """The names in A,B,..., each once; none in None. Raises InputError for one without a letter."""
+    """The names in A,B,..., each once; none in None. Raises InputError for an empty one."""
     names = [] if text is None else [*dict.fromkeys(text.split(','))]
     if '' in names:
         raise InputError(f'a name is missing in {text!r}: give it, or leave the option out')
@@ -755,8 +750,10 @@ def the_users(error):
         return f'{places[-1]}: {type(error).__name__}: {error}'
     if isinstance(error, (InputError, FloatingPointError, OSError, SyntaxError)):  # they name file or place
         return str(error)
-    if {'make_model', 'sets', 'rehearse', 'train'} & {x.name for x in frames}:
-        return f'task, model and method do not fit together: {type(error).__name__}: {error}'
+    mine = [x for x in frames if x.filename == train.__code__.co_filename]
+    if {'make_model', 'sets', 'rehearse', 'train'} & {x.name for x in mine}:
+        place = f'train.py, line {mine[-1].lineno}'
+        return f'task, model and method do not fit together: {place}: {type(error).__name__}: {error}'
     raise error
 
 

@@ -415,7 +415,7 @@ def fetch(weights):
     if urlparse(place).scheme in ('http', 'https', 'file'):
         name = unquote(urlparse(place).path).rpartition('/')[2][-100:]
         sums += [f'sha256={digits}' for digits in re.findall(r'-([0-9a-f]{8,64})\.', name)]
-        path = Path(torch.hub.get_dir(), 'checkpoints', hashlib.sha256(place.encode()).hexdigest()[:16] + '_' + name)
+        path = Path(torch.hub.get_dir(), 'checkpoints', digest(place.encode())[:16] + '_' + name)
         try:
             if not path.exists():
                 log.warning(f'downloading {place} to {path}')
@@ -450,6 +450,11 @@ def read_state_dict(path, sums=()):
             return dict(leaves(torch.load(file, map_location='cpu', weights_only=True), '', set()))
     except Exception as error:  # each reader has a dozen ways to dislike a file
         raise InputError(f'{path} is not a checkpoint, or is another one, or is cut short: {reason(error)}') from None
+
+
+def digest(content):
+    """SHA-256 of bytes, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def reason(error):

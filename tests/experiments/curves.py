@@ -10,8 +10,8 @@ from statistics import fmean, stdev
 
 from PIL import Image, ImageDraw, ImageFont
 
-import data
 import train
+import vit
 from train import say
 
 COLOURS = '#000000', '#d55e00', '#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9'
@@ -43,7 +43,7 @@ def picture_of(what, runs):
     name = ','.join([what, *filter(None, levels)])
     name = re.sub(r'[^\w.+=,-]', '_', name)
     if len(name) > 200:  # a file system takes 255 bytes
-        name = f'{name[:190]}-{data.digest(name.encode())[:8]}'
+        name = f'{name[:190]}-{vit.digest(name.encode())[:8]}'
     return shared / f'{name}.png'
 
 

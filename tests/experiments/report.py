@@ -105,7 +105,7 @@ def whole(path):
 
 def has(result, changes):
     """Whether a run has settings, given as texts by name."""
-    values = train.fixed(result | {'identity': {'weights': result['settings']['machine']['weights']}})
+    values = train.fixed(result) | result['settings']['machine']
     return all(name in values and train.checked(name, text, {name: type(values[name])}, '--set') == values[name]
                for name, text in changes.items())
 

@@ -56,7 +56,7 @@ def test_a_wrong_command_line_is_refused_with_the_nearest_known_name(said, wrong
     'source is one of vtab, fgvc, folder, FILE.py:NAME': ['source=mine.txt:greys', 'source='],
     **{f"{name} is one of {', '.join(filter(None, words))}, not 'swin'": [f'{name}=swin']
        for name, words in WORDS.items()},
-    'grain is a number, not': ['grain=nan'],
+    'grain is a number, not': ['grain=nan', 'grain=inf'],
     'augment=flip: for where_blue it is crop_flip or none': ['augment=flip'],
     '0 to M=36 of the image tokens, not k=37': ['k=37'],
     'an image of 4 pixels is no whole number of patches of 8': ['img_size=4'],

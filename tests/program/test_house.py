@@ -131,7 +131,7 @@ def test_no_line_is_longer_than_120_characters():
 
 
 @pytest.mark.parametrize('pattern, lines', [
-    ('vit.py', 500), ('ivpt.py', 250), ('data.py', 450), ('train.py', 814), ('configs.yaml', 260), ('README.md', 280),
+    ('vit.py', 500), ('ivpt.py', 250), ('data.py', 450), ('train.py', 811), ('configs.yaml', 260), ('README.md', 280),
     ('tests/README.md', 80), ('tests/**/*.py', 13_530)])  # the plan has 460 for train.py and 10,000 for the tests
 def test_each_file_keeps_to_its_limit_of_lines(pattern, lines):
     paths = list(HERE.glob(pattern))

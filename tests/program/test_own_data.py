@@ -218,10 +218,10 @@ def test_a_method_or_backbone_that_raises_or_is_no_module_or_lacks_size_or_weigh
 
 @pytest.mark.parametrize('argv, said', [
     ('--task mine.py:task', 'mine.py:task: its score has no number by the name accuracy'),
-    ('--model backbone.py:linear --method vpt', "do not fit together: AttributeError: 'Sequential' object has no"),
-    ('--method method.py:frozen', 'do not fit together: RuntimeError: element 0 of tensors does not require grad'),
-    ('--task mine.py:mixed', 'do not fit together: TypeError: can only concatenate list'),
-    ('--task mine.py:squares', 'do not fit together: RuntimeError: grad can be implicitly created only for scalar')])
+    ('--model backbone.py:linear --method vpt', "AttributeError: 'Sequential' object has no"),
+    ('--method method.py:frozen', 'RuntimeError: element 0 of tensors does not require grad'),
+    ('--task mine.py:mixed', 'TypeError: can only concatenate list'),
+    ('--task mine.py:squares', 'RuntimeError: grad can be implicitly created only for scalar')])
 def test_what_does_not_fit_together_is_refused_with_one_line(argv, said, file, tmp_path, refused):
     file.write_text(GREYS.replace('WHAT', "replace(greys(settings), score=lambda rows: {'mIoU': 1})") + '''
 mixed = lambda settings: replace(greys(settings), val=data.Files([(__file__, 0)], 16))
