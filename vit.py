@@ -459,11 +459,11 @@ def digest(content):
 
 def reason(error):
     """What an error says, in one line: of torch.load's many, the one that names what it met."""
-    said = str(error).partition('WeightsUnpickler error:')[2] or str(error)
+    said = (str(error).partition('WeightsUnpickler error:')[2] or str(error)).strip().partition('\n')[0]
     if code := re.search(r'GLOBAL (\S+)|weights_only(?:.*(TorchScript))?', said):
         what = shorten([code[1] or code[2] or 'program'])
         return f'it holds a {what}, which is code, and code is not run: save model.state_dict() alone'
-    return shorten((said.strip().splitlines() or [type(error).__name__])[:1])
+    return shorten([said or type(error).__name__])
 
 
 def leaves(tree, prefix, entered):

@@ -103,8 +103,8 @@ def test_a_folder_a_pipe_and_a_missing_file_are_refused(tmp_path):
     (b'<!DOCTYPE html><html>moved</html>', 'a web page: download the file itself'),
     (b'\n<?xml version="1.0"?><Error/>', 'a web page'),
     (b'{\n  "metadata": {"total_size": 9}, "weight_map": {}}', 'JSON: if it lists the parts of a checkpoint'),
-    (b'weights.pth'.ljust(257, b'\0') + b'ustar', 'a tar archive: unpack it')],
-    ids=['LFS', 'page', 'XML', 'index', 'tar'])
+    (b'weights.pth'.ljust(257, b'\0') + b'ustar', 'a tar archive: unpack it'),
+    (b'# Some words', 'is cut short: Unsupported operand 35')], ids=['LFS', 'page', 'XML', 'index', 'tar', 'text'])
 @pytest.mark.parametrize('name', ['weights.pth', 'weights.safetensors', 'model.index.json'])
 def test_what_is_no_checkpoint_is_called_what_it_is(content, said, name, tmp_path):
     assert said in refusal(written(tmp_path / name, content))
